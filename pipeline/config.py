@@ -1,0 +1,379 @@
+"""One YAML file is one whole run; these dataclasses are its sections, and every default is written here once.
+
+Nothing here imports torch: `shard`, `verify` and every `--help` read their sections in a fraction of a second. Whether a
+setting can change the trained weights is stated beside it (`identity`): a run whose identity changed is another run.
+"""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import ConfigError, nearest
+from pipeline.files import digest_of
+
+if typing.TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Normalization = Literal["dataset", "imagenet", "kinetics", "clip", "inception", "none"]
+
+
+def setting(default: Any, help: str, identity: bool = True) -> Any:
+    """A configuration field with its help text; `identity=False` marks what cannot change the trained weights."""
+    metadata = {"help": help, "identity": identity}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Where the images come from and how they become shards."""
+
+    source: str = setting("digits", "`digits` (scikit-learn's, bundled) or a folder with one folder of images a class")
+    path: str = setting("", "folder of the shards; default data/NAME", identity=False)
+    val_fraction: float = setting(0.2, "share of each class that goes to the validation split")
+    test_fraction: float = setting(0.2, "share of each class that goes to the test split")
+    split_seed: int = setting(0, "seed of the split and of the order inside the shards")
+    samples_per_shard: int = setting(1000, "samples in each tar file")
+    jpeg_quality: int = setting(95, "quality at which images that are not JPEG are encoded")
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """From an encoded image to the uint8 (H, W, 3) that the network takes; becomes the model's PreprocessSpec."""
+
+    resize: int | list[int] | None = setting(None, "shortest side in pixels, or [height, width]; null keeps the size")
+    crop: list[int] | None = setting(None, "central crop [height, width] after the resize; null for none")
+    interpolation: Interpolation = setting("bilinear", "filter of the resize")
+    antialias: bool = setting(True, "filter before shrinking")
+    normalization: Normalization = setting("dataset", "statistics of the training split, a preset's, or none")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training images, seeded by (seed, epoch, sample); all off by default."""
+
+    horizontal_flip: float = setting(0.0, "probability of a mirror image")
+    rotate_degrees: float = setting(0.0, "largest rotation to either side")
+    translate: float = setting(0.0, "largest shift, as a share of the side")
+    scale: float = setting(0.0, "largest relative change of size")
+    crop_scale: float = setting(1.0, "smallest share of the area kept by a random resized crop; 1 for none")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Batches and the DataLoader."""
+
+    global_batch_size: int = setting(64, "samples an optimizer step sees, over all ranks")
+    drop_last: bool = setting(True, "drop an epoch's tail; false pads it with masked samples")
+    shuffle_shards: int = setting(8, "samples are shuffled within windows of this many shuffled shards")
+    num_workers: int = setting(0, "loader processes of each rank", identity=False)
+    start_method: Literal["fork", "forkserver", "spawn"] = setting(
+        "forkserver", "how loader processes start", identity=False
+    )
+    pin_memory: bool | None = setting(None, "page-locked batches; null: where a GPU is used", identity=False)
+    persistent_workers: bool = setting(True, "keep loader processes between epochs", identity=False)
+    prefetch_factor: int = setting(2, "batches each loader process reads ahead", identity=False)
+    timeout_seconds: float = setting(300.0, "longest wait for a batch from a loader process", identity=False)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A plain convolutional network as one nn.Sequential."""
+
+    channels: list[int] = setting([32, 64, 128], "channels of each stage; every stage halves the image")
+    convs_per_stage: int = setting(1, "convolutions in each stage")
+    norm: Literal["batch", "group", "none"] = setting("batch", "normalisation after each convolution")
+    dropout: float = setting(0.2, "dropout probability in the classifier")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Any optimizer of torch.optim."""
+
+    name: str = setting("SGD", "class in torch.optim")
+    lr: float = setting(1e-3, "learning rate")
+    args: dict[str, Any] = setting({}, "its other arguments; SGD has momentum 0.9 unless given")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Any learning rate scheduler of torch.optim.lr_scheduler."""
+
+    name: str | None = setting(None, "class in torch.optim.lr_scheduler; null keeps the learning rate")
+    interval: Literal["step", "epoch"] = setting("step", "how often it moves")
+    args: dict[str, Any] = setting({}, "its arguments; total_steps and T_max are filled in when missing")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, how precisely, and how often to save."""
+
+    max_epochs: int = setting(10, "passes over the training split")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = setting("32-true", "Lightning's precision")
+    deterministic: bool = setting(True, "bit-identical results, also on a GPU")
+    gradient_clip_norm: float | None = setting(None, "clip the global gradient norm at this value")
+    checkpoint_every_steps: int = setting(100, "steps between two saves of last.ckpt", identity=False)
+    log_every_steps: int = setting(10, "steps between two points of the training curves", identity=False)
+    monitor: Literal["val/accuracy", "val/loss"] = setting("val/accuracy", "what makes a checkpoint the best")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Sanity checks before training."""
+
+    skip: list[str] = setting([], "checks to leave out; the skip is recorded", identity=False)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The ONNX file and the gate before it."""
+
+    opset: int = setting(20, "ONNX operator set", identity=False)
+    tolerance: float = setting(1e-4, "largest absolute difference of logits and probabilities", identity=False)
+    max_batch_size: int = setting(64, "largest batch in the parity test", identity=False)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """The MLflow run."""
+
+    uri: str = setting("", "tracking server; default a sqlite file in the runs folder", identity=False)
+    experiment: str = setting("shardline", "experiment that holds the run", identity=False)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One whole run."""
+
+    name: str = setting("digits", "name of the run; its folder is runs/NAME", identity=False)
+    seed: int = setting(1999, "seed of weights, order, augmentation and dropout")
+    runs_dir: str = setting("runs", "folder of all runs", identity=False)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def dataset_dir(self) -> Path:
+        """Folder of the shards."""
+        return Path(self.dataset.path or f"data/{self.name}")
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of everything this run makes."""
+        return Path(self.runs_dir) / self.name
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved configuration as plain dicts, lists and scalars."""
+        return dataclasses.asdict(self)
+
+    def identity(self) -> str:
+        """Digest of every setting that can change the trained weights, given the data set's own digest."""
+        return digest_of(_identity_of(self, leave_out=("dataset",)))
+
+
+def _identity_of(section: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    values = {}
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if item.name in leave_out:
+            continue
+        if dataclasses.is_dataclass(value):
+            values[item.name] = _identity_of(value)
+        elif item.metadata["identity"]:
+            values[item.name] = value
+    return values
+
+
+# ---- from the command line and a YAML file to a Config ----
+
+
+def settings_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Yield (dotted key, type, field) of every setting below `section`."""
+    types = typing.get_type_hints(section)
+    for item in dataclasses.fields(section):
+        key = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(types[item.name]):
+            yield from settings_of(types[item.name], f"{key}.")
+        else:
+            yield key, types[item.name], item
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The configurations that ship with Shardline, by name: in the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(path: str) -> Path:
+    """Return the YAML file that `path` names: an existing file, or a bundled configuration (`digits`)."""
+    if Path(path).is_file():
+        return Path(path)
+    bundled = bundled_configs()
+    named = bundled.get(Path(path).stem) if path in (Path(path).stem, f"configs/{Path(path).name}") else None
+    if named is None:
+        raise ConfigError(
+            f"{path}: no such configuration file.{nearest(path, bundled)} Bundled ones: {', '.join(bundled)}."
+        )
+    return named
+
+
+def require_known_keys(values: Any, section: type, where: str, prefix: str = "") -> None:
+    """Refuse the first key of `values` that `section` does not have, naming the nearest one that it has."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected `key: value` lines{f' below `{prefix[:-1]}`' if prefix else ''}.")
+    types = typing.get_type_hints(section)
+    for key, value in values.items():
+        if key not in types:
+            raise ConfigError(f"{where}: unknown key `{prefix}{key}`.{_nearest_key(str(key), prefix, types)}")
+        if dataclasses.is_dataclass(types[key]):
+            require_known_keys(value, typing.cast(type, types[key]), where, f"{prefix}{key}.")
+
+
+def _nearest_key(key: str, prefix: str, siblings: dict[str, Any]) -> str:
+    suggestion = nearest(key, siblings)
+    if suggestion:
+        return suggestion.replace("'", f"`{prefix}", 1).replace("'", "`")
+    everywhere = {name.rsplit(".", 1)[-1]: name for name, _, _ in settings_of(Config)}
+    suggestion = nearest(key, everywhere)
+    if suggestion:
+        return f" Did you mean `{everywhere[suggestion.split(chr(39))[1]]}`?"
+    return f" Known keys here: {', '.join(siblings)}."
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file; an empty one is all defaults. Raises ConfigError with the line of a syntax error."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    return {} if values is None else typing.cast(dict[str, Any], values)
+
+
+def add_settings(parser: "ArgumentParser") -> None:
+    """Give `parser` the option --config and one option for every setting of a run."""
+    parser.add_argument(
+        "--config", default="configs/digits.yaml", help="YAML file, or the name of a bundled configuration"
+    )
+    for key, kind, item in settings_of(Config):
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+        parser.add_argument(f"--{key}", type=kind, default=default, help=item.metadata["help"])
+
+
+def parse_config(parser: "ArgumentParser", argv: list[str]) -> tuple[Config, "Namespace"]:
+    """Parse a verb's arguments over its configuration file. Raises ConfigError, one line, for anything wrong."""
+    from jsonargparse import Namespace
+
+    require_known_options(parser, argv)
+    first = parse_arguments(parser, argv)
+    path = find_config(first.config)
+    values = read_yaml(path)
+    require_known_keys(values, Config, str(path))
+    in_file = parse_object(parser, values, str(path))
+    merged = parse_arguments(parser, argv, in_file)
+    config = typing.cast(Config, _build(Config, merged))
+    _require_sane(config)
+    rest = Namespace(**{key: value for key, value in merged.items() if "." not in key and not hasattr(config, key)})
+    return config, rest
+
+
+def parse_object(parser: "ArgumentParser", values: dict[str, Any], where: str) -> "Namespace":
+    """Check the values of a configuration file against their types."""
+    try:
+        return parser.parse_object(values, defaults=True)
+    except Exception as error:
+        raise ConfigError(f"{where}: {one_line(error)}") from error
+
+
+def parse_arguments(parser: "ArgumentParser", argv: list[str], namespace: "Namespace | None" = None) -> "Namespace":
+    """Parse `argv`; a mistake in it is a ConfigError of one line. `--help` prints and exits 0."""
+    try:
+        return parser.parse_args(argv, namespace=namespace)
+    except SystemExit:
+        raise
+    except Exception as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """The gist of a parser's message, which can run over many lines."""
+    text = " ".join(str(error).split()).removesuffix(".")
+    text = re.sub(r'^Parser key "([^"]*)":', r"`\1`:", text)
+    return re.sub(r"<class '(\w+)'>", r"\1", text)[:400] + ". See `shardline VERB --help`."
+
+
+def require_known_options(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Refuse the first option that the verb does not have, naming the nearest one that it has."""
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    for argument in argv:
+        option = argument.split("=", 1)[0]
+        if option == "--":
+            return
+        if not option.startswith("--") or option in known or any(option.startswith(f"{key}.") for key in known):
+            continue
+        raise ConfigError(f"unknown option `{option}`.{nearest(option, known).replace(chr(39), '`')}")
+
+
+def _build(section: type, values: Any) -> Any:
+    types = typing.get_type_hints(section)
+    arguments = {}
+    for item in dataclasses.fields(section):
+        value = values[item.name]
+        nested = types[item.name]
+        arguments[item.name] = _build(nested, value) if dataclasses.is_dataclass(nested) else value
+    return section(**arguments)
+
+
+def _require_sane(config: Config) -> None:
+    """Refuse values of the right type that cannot work, before anything is started."""
+    positive = {
+        "data.global_batch_size": config.data.global_batch_size,
+        "data.shuffle_shards": config.data.shuffle_shards,
+        "data.prefetch_factor": config.data.prefetch_factor,
+        "dataset.samples_per_shard": config.dataset.samples_per_shard,
+        "model.convs_per_stage": config.model.convs_per_stage,
+        "optimizer.lr": config.optimizer.lr,
+        "trainer.max_epochs": config.trainer.max_epochs,
+        "trainer.checkpoint_every_steps": config.trainer.checkpoint_every_steps,
+        "trainer.log_every_steps": config.trainer.log_every_steps,
+        "export.max_batch_size": config.export.max_batch_size,
+        "export.tolerance": config.export.tolerance,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise ConfigError(f"`{key}` is {value}; it must be greater than 0.")
+    shares = {
+        "dataset.val_fraction": config.dataset.val_fraction,
+        "dataset.test_fraction": config.dataset.test_fraction,
+        "model.dropout": config.model.dropout,
+        "data.augment.horizontal_flip": config.data.augment.horizontal_flip,
+    }
+    for key, value in shares.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"`{key}` is {value}; it must be at least 0 and less than 1.")
+    if config.dataset.val_fraction + config.dataset.test_fraction >= 1:
+        raise ConfigError("`dataset.val_fraction` and `dataset.test_fraction` leave nothing to train on.")
+    if not 1 <= config.dataset.jpeg_quality <= 100:
+        raise ConfigError(f"`dataset.jpeg_quality` is {config.dataset.jpeg_quality}; it must be 1 to 100.")
+    if not 0 < config.data.augment.crop_scale <= 1:
+        raise ConfigError(f"`data.augment.crop_scale` is {config.data.augment.crop_scale}; it must be above 0, up to 1.")
+    if config.data.num_workers < 0:
+        raise ConfigError(f"`data.num_workers` is {config.data.num_workers}; it must be 0 or more.")
+    if not config.name or config.name != Path(config.name).name or config.name.startswith("."):
+        raise ConfigError(f"`name` is '{config.name}'; it must be a plain folder name.")

@@ -1,0 +1,115 @@
+"""Loaders for Lightning: exact batches for every rank, and a place in the epoch that survives any interruption.
+
+The loader's state is (epoch, global batches delivered). Lightning saves rank 0's state only, so nothing of a rank, worker or
+prefetch queue may be in it.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from pipeline.config import DataConfig
+from pipeline.data.augment import build_augmentation
+from pipeline.data.dataset import Batch, ShardDataset
+from pipeline.data.order import GlobalBatchSampler
+from pipeline.errors import RunError
+from pipeline.manifest import DatasetManifest
+from pipeline.preprocess import PreprocessSpec
+
+
+def deliver(batch: Batch) -> Batch:
+    """Collate function of a data set that already returns whole batches."""
+    return batch
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A DataLoader whose place is (epoch, global batches delivered); Lightning saves and restores it by state_dict."""
+
+    delivered = 0
+
+    @property
+    def batches(self) -> GlobalBatchSampler:
+        """The sampler that decides what each batch holds."""
+        return cast(GlobalBatchSampler, self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.delivered = self.batches.start
+        for batch in super().__iter__():
+            self.delivered += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor, and what must be the same for it to mean the same place."""
+        return {
+            "epoch": self.batches.epoch,
+            "batch": self.delivered,
+            "num_batches": len(self),
+            "global_batch_size": self.batches.global_batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a saved cursor; one at an epoch's end means the start of the next. Raises RunError for another loader's."""
+        for name, here in (("num_batches", len(self)), ("global_batch_size", self.batches.global_batch_size)):
+            if state[name] != here:
+                raise RunError(f"the checkpoint was made with {name} {state[name]}, but here it is {here}. Use --fresh.")
+        epoch, batch = state["epoch"], state["batch"]
+        if batch >= len(self):
+            epoch, batch = epoch + 1, 0
+        # A resumed epoch's iterator is made before Lightning calls set_epoch.
+        self.batches.epoch, self.batches.start = epoch, batch
+        self.delivered = batch
+
+
+class ShardDataModule(L.LightningDataModule):
+    """Train, validation and test loaders of a sharded data set, for the rank on which they are made."""
+
+    def __init__(self, manifest: DatasetManifest, spec: PreprocessSpec, config: DataConfig, seed: int) -> None:
+        super().__init__()
+        self.manifest, self.spec, self.config, self.seed = manifest, spec, config, seed
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled and augmented, resumable in the middle of an epoch."""
+        assert self.spec.fixed_size is not None
+        augmentation = build_augmentation(self.config.augment, self.spec.fixed_size)
+        dataset = ShardDataset(self.manifest, "train", self.spec, augmentation, self.seed)
+        return self._loader(dataset, shuffle=True, drop_last=self.config.drop_last)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Every validation sample exactly once over all ranks, in order."""
+        return self.evaluation_loader("val")
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Every sample of the final split exactly once over all ranks, in order."""
+        return self.evaluation_loader(self.manifest.evaluation_split)
+
+    def evaluation_loader(self, split_name: str) -> ResumableLoader:
+        """Every sample of a split exactly once over all ranks; padding rows weigh 0."""
+        return self._loader(ShardDataset(self.manifest, split_name, self.spec), shuffle=False, drop_last=False)
+
+    def _loader(self, dataset: ShardDataset, *, shuffle: bool, drop_last: bool) -> ResumableLoader:
+        config = self.config
+        # Rank and world size are captured here: a spawned worker could not find them out, and would read everything.
+        batches = GlobalBatchSampler(
+            dataset.shard_sizes,
+            config.global_batch_size,
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+            window=config.shuffle_shards,
+            shuffle=shuffle,
+            drop_last=drop_last,
+        )
+        workers: dict[str, Any] = {}
+        if config.num_workers:
+            workers = {
+                "num_workers": config.num_workers,
+                "multiprocessing_context": config.start_method,
+                "persistent_workers": config.persistent_workers,
+                "prefetch_factor": config.prefetch_factor,
+                "timeout": config.timeout_seconds,
+            }
+        pin_memory = torch.cuda.is_available() if config.pin_memory is None else config.pin_memory
+        return ResumableLoader(dataset, batch_sampler=batches, collate_fn=deliver, pin_memory=pin_memory, **workers)

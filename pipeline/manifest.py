@@ -1,0 +1,271 @@
+"""dataset.json and the index files beside it: what a data set of shards holds, and whether it still does.
+
+The manifest is written last, so a data set that has one is complete. Opening looks at sizes and labels but never hashes big
+files; `verify_dataset` does.
+"""
+
+import dataclasses
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import DataError
+from pipeline.files import digest_of, sha256_of, write_json
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "dataset.json"
+Task = Literal["single", "binary", "multi"]
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+# One row a sample, read by mmap: 20 bytes, 25 MB for ImageNet.
+INDEX_ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
+Index = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar file of a split."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """The index file of a split."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """The shards, index and class counts of one split."""
+
+    shards: list[ShardEntry]
+    index: IndexEntry
+    class_counts: list[int]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards of the split."""
+        return sum(shard.num_samples for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class ImageStats:
+    """Mean and standard deviation of each RGB channel, pixels scaled to 0..1, over `split`."""
+
+    split: str
+    mean: list[float]
+    std: list[float]
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """dataset.json. `digest` covers everything except itself and `info`."""
+
+    task: Task
+    class_names: list[str]
+    splits: dict[str, SplitEntry]
+    image_stats: ImageStats
+    preparation: dict[str, Any]
+    info: dict[str, Any]
+    digest: str
+    format_version: int = FORMAT_VERSION
+    folder: Path = Path()
+
+    def split(self, name: str) -> SplitEntry:
+        """Return the entry of a split. Raises DataError when the data set has none of that name."""
+        if name not in self.splits:
+            raise DataError(f"{self.folder}: has no `{name}` split (it has {', '.join(self.splits)}).")
+        return self.splits[name]
+
+    @property
+    def evaluation_split(self) -> str:
+        """The split that final figures are taken on: test, or val where there is no test."""
+        return "test" if "test" in self.splits else "val"
+
+    def content(self) -> dict[str, Any]:
+        """What the digest covers."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key not in ("digest", "info", "folder")}
+
+    def save(self) -> "DatasetManifest":
+        """Write dataset.json into `folder` with the digest of its content; return the manifest as written."""
+        manifest = dataclasses.replace(self, digest=digest_of(self.content()))
+        values = dataclasses.asdict(manifest)
+        del values["folder"]
+        write_json(self.folder / MANIFEST_NAME, values)
+        return manifest
+
+
+def load_dataset(folder: Path) -> DatasetManifest:
+    """Read a data set's manifest and see that its files are there in full size. Raises DataError."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise DataError(f"{folder}: no data set there (no {MANIFEST_NAME}). Make it with `shardline shard`.")
+    values = read_versioned_json(path)
+    try:
+        splits = {
+            name: SplitEntry(
+                shards=[ShardEntry(**shard) for shard in split["shards"]],
+                index=IndexEntry(**split["index"]),
+                class_counts=split["class_counts"],
+            )
+            for name, split in values["splits"].items()
+        }
+        stats = ImageStats(**values["image_stats"])
+        manifest = DatasetManifest(**{**values, "splits": splits, "image_stats": stats, "folder": folder})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a data set manifest ({error}). Rebuild it with `shardline shard`.") from error
+    if manifest.digest != digest_of(manifest.content()):
+        raise DataError(f"{path}: was edited: its digest does not fit its content. Rebuild it with `shardline shard`.")
+    _require_files(manifest)
+    return manifest
+
+
+def read_versioned_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that has a format_version; refuse one that a newer Shardline wrote. Raises DataError."""
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}).") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if not isinstance(version, int):
+        raise DataError(f"{path}: has no format_version; it was not written by Shardline.")
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format_version {version} is newer than {FORMAT_VERSION}, which this Shardline reads. Upgrade it."
+        )
+    return dict(values)
+
+
+def _require_files(manifest: DatasetManifest) -> None:
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            path = manifest.folder / shard.name
+            if not path.is_file():
+                raise DataError(f"{path}: shard is missing. Copy it again or rebuild with `shardline shard`.")
+            if path.stat().st_size != shard.num_bytes:
+                raise DataError(
+                    f"{path}: holds {path.stat().st_size} bytes but the manifest says {shard.num_bytes}. "
+                    "It was probably cut short: copy it again or rebuild with `shardline shard`."
+                )
+        if not (manifest.folder / split.index.name).is_file():
+            raise DataError(f"{manifest.folder / split.index.name}: index is missing. Rebuild with `shardline shard`.")
+
+
+def open_index(manifest: DatasetManifest, split_name: str) -> Index:
+    """Map a split's index: one INDEX_ROW a sample, shape (N,). Raises DataError for wrong rows, count or labels."""
+    split = manifest.split(split_name)
+    path = manifest.folder / split.index.name
+    try:
+        rows: Index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise DataError(f"{path}: not an index ({error}). Rebuild with `shardline shard`.") from error
+    if rows.dtype != INDEX_ROW or rows.shape != (split.num_samples,):
+        raise DataError(
+            f"{path}: holds {rows.shape} rows of {rows.dtype} but the manifest says {split.num_samples} samples. "
+            "Rebuild with `shardline shard`."
+        )
+    labels = rows["label"]
+    outside = np.flatnonzero((labels < 0) | (labels >= len(manifest.class_names)))
+    if len(outside):
+        raise DataError(
+            f"{path}: sample {outside[0]} has label {labels[outside[0]]}, outside the {len(manifest.class_names)} classes "
+            f"(0 to {len(manifest.class_names) - 1}). Correct its label and rebuild with `shardline shard`."
+        )
+    return rows
+
+
+# ---- verifying a whole data set ----
+
+
+def verify_dataset(manifest: DatasetManifest) -> Iterator[tuple[str, list[str]]]:
+    """Hash every file and read every tar header; yield (file name, defects found in it)."""
+    for split_name, split in manifest.splits.items():
+        index_path = manifest.folder / split.index.name
+        defects = []
+        if sha256_of(index_path) != split.index.sha256:
+            defects.append(f"{index_path}: its sha256 is not the manifest's.")
+        rows = None
+        try:
+            rows = open_index(manifest, split_name)
+        except DataError as error:
+            defects.append(str(error))
+        yield split.index.name, defects
+        for number, shard in enumerate(split.shards):
+            expected = rows[rows["shard"] == number] if rows is not None else None
+            yield shard.name, _verify_shard(manifest, shard, expected)
+
+
+def _verify_shard(manifest: DatasetManifest, shard: ShardEntry, rows: Index | None) -> list[str]:
+    path = manifest.folder / shard.name
+    defects = []
+    if sha256_of(path) != shard.sha256:
+        defects.append(f"{path}: its sha256 is not the manifest's.")
+    try:
+        found = list(read_shard_rows(path))
+    except (DataError, tarfile.TarError) as error:
+        return [*defects, f"{path}: cannot be read as a shard: {error}"]
+    num_classes = len(manifest.class_names)
+    defects += [
+        f"{path}: sample {key} has label {label}, outside the {num_classes} classes."
+        for key, _, _, label in found
+        if not 0 <= label < num_classes
+    ]
+    if len(found) != shard.num_samples:
+        defects.append(f"{path}: holds {len(found)} samples but the manifest says {shard.num_samples}.")
+    elif rows is not None:
+        for (key, *in_tar), row in zip(found, rows, strict=False):
+            if in_tar != [int(row["offset"]), int(row["size"]), int(row["label"])]:
+                defects.append(f"{path}: sample {key} is not where or what the index says.")
+    return defects
+
+
+def read_shard_rows(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Yield (key, offset, size, label) of each sample of a WebDataset tar, by its headers and `.cls` members.
+
+    A sample is a run of members with one key: the name up to the first dot after the last slash.
+    """
+    with tarfile.open(path, mode="r:") as tar:
+        key, image, label = "", None, None
+        for member in tar:
+            if not member.isreg():
+                continue
+            folder, _, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            member_key = f"{folder}/{stem}" if folder else stem
+            if member_key != key:
+                if key:
+                    yield _sample(path, key, image, label)
+                key, image, label = member_key, None, None
+            if extension.lower() in IMAGE_EXTENSIONS:
+                image = (member.offset_data, member.size)
+            elif extension.lower() == "cls":
+                label = _read_label(path, tar, member)
+        if key:
+            yield _sample(path, key, image, label)
+
+
+def _read_label(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    content = tar.extractfile(member)
+    text = content.read(32) if content else b""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise DataError(f"{path}: {member.name} holds {text!r}, not a class number.") from error
+
+
+def _sample(path: Path, key: str, image: tuple[int, int] | None, label: int | None) -> tuple[str, int, int, int]:
+    if image is None or label is None:
+        raise DataError(f"{path}: sample {key} lacks its {'image' if image is None else '.cls label'}.")
+    return key, image[0], image[1], label

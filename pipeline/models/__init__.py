@@ -1,0 +1,1 @@
+"""Networks: plain nn.Sequential from the uint8 image to the logits."""

@@ -1,0 +1,180 @@
+"""From the bytes of an encoded image to the uint8 (H, W, 3) pixels that the network takes.
+
+Training, evaluation, parity and serving all call `decode_image`, with Pillow and numpy alone, so none of them can see other
+pixels than another. Normalisation is not done here: it is the first module of the network and travels inside the ONNX file.
+"""
+
+import dataclasses
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from pipeline.config import Interpolation, PreprocessConfig
+from pipeline.errors import ConfigError, DataError, ModelError
+from pipeline.files import digest_of
+from pipeline.manifest import ImageStats
+
+Pixels = npt.NDArray[np.uint8]
+# Pillow opens only these, so that a stray PostScript or video file never reaches a decoder.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# 100 megapixels: no camera photo is larger, and a 48 kB decompression bomb can be.
+MAX_PIXELS = 100_000_000
+WHITE = (255, 255, 255)
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# Mean and standard deviation of RGB pixels scaled to 0..1, as published with each pretraining.
+PRESETS = {
+    "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    "kinetics": ([0.45, 0.45, 0.45], [0.225, 0.225, 0.225]),
+    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "inception": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+    "none": ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]),
+}
+
+
+@dataclass(frozen=True)
+class PreprocessSpec:
+    """Everything done to an image before the network, and the normalisation inside it. Belongs to the model."""
+
+    resize: int | list[int] | None
+    crop: list[int] | None
+    interpolation: Interpolation
+    antialias: bool
+    mean: list[float]
+    std: list[float]
+    resize_mode: Literal["shortest", "exact"]
+    # Transparent images are composited on white, in shards and in serving alike.
+    background: tuple[int, int, int] = WHITE
+    exif: bool = True
+    color: Literal["RGB"] = "RGB"
+    scale: int = 255
+    version: int = 1
+
+    def hash(self) -> str:
+        """Digest by which checkpoint and ONNX file say which preprocessing they belong to."""
+        return digest_of(dataclasses.asdict(self))
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """(H, W) of every decoded image, or None when it follows the image."""
+        if self.crop is not None:
+            return self.crop[0], self.crop[1]
+        if isinstance(self.resize, list):
+            return self.resize[0], self.resize[1]
+        return None
+
+
+def build_spec(config: PreprocessConfig, stats: ImageStats) -> PreprocessSpec:
+    """Complete the configuration with the normalisation's numbers. Raises ConfigError for sizes that cannot work."""
+    for key, sides in (("resize", config.resize), ("crop", config.crop)):
+        values = sides if isinstance(sides, list) else [] if sides is None else [sides]
+        if any(side <= 0 for side in values) or (isinstance(sides, list) and len(sides) != 2):
+            raise ConfigError(f"`preprocess.{key}` is {sides}; it must be positive, [height, width] when a list.")
+    mean, std = (stats.mean, stats.std) if config.normalization == "dataset" else PRESETS[config.normalization]
+    spec = PreprocessSpec(
+        resize=config.resize,
+        crop=config.crop,
+        interpolation=config.interpolation,
+        antialias=config.antialias,
+        mean=list(mean),
+        std=list(std),
+        resize_mode="exact" if isinstance(config.resize, list) else "shortest",
+    )
+    if spec.fixed_size is None:
+        raise ConfigError(
+            "`preprocess` leaves images of different sizes, which cannot form a batch. "
+            "Give `preprocess.crop: [height, width]`, or a `preprocess.resize` of that form."
+        )
+    return spec
+
+
+def spec_from_dict(values: dict[str, Any]) -> PreprocessSpec:
+    """Read a spec back from checkpoint or ONNX metadata. Raises ModelError when it has unknown or missing fields."""
+    try:
+        return PreprocessSpec(**{**values, "background": tuple(values["background"])})
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"the model's preprocessing cannot be read ({error}); it needs another Shardline.") from error
+
+
+def open_image(encoded: bytes, background: tuple[int, int, int]) -> Image.Image:
+    """Decode fully, turn upright by EXIF, composite alpha on `background`, convert to RGB.
+
+    Raises DataError with the reason when the bytes are no whole image of a known format.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            return _to_rgb(image, background)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises almost anything on corrupt bytes
+        raise DataError(str(error).split(" <_io")[0] or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling.
+        grey = np.asarray(image, dtype=np.float64)  # (H, W)
+        if image.mode.startswith("I;16") or grey.max(initial=0) > 255:
+            grey = grey / 257.0
+        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (*background, 255))
+        return Image.alpha_composite(canvas, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode_image(encoded: bytes, spec: PreprocessSpec) -> Pixels:
+    """Return the pixels of an encoded image as the network expects them: uint8 (H, W, 3), RGB.
+
+    Raises DataError with the reason when the image cannot be decoded.
+    """
+    image = open_image(encoded, spec.background)
+    if spec.resize is not None:
+        image = _resize(image, spec)
+    if spec.crop is not None:
+        image = _center_crop(image, spec.crop, spec.background)
+    return np.asarray(image)  # (H, W, 3)
+
+
+def _resize(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    if isinstance(spec.resize, list):
+        height, width = spec.resize
+    else:
+        assert spec.resize is not None
+        shortest = min(image.size)
+        width, height = (max(1, round(side * spec.resize / shortest)) for side in image.size)
+    if image.size == (width, height):
+        return image
+    if spec.antialias or spec.interpolation == "nearest":
+        return image.resize((width, height), FILTERS[spec.interpolation])
+    # Pillow always filters when it shrinks by `resize`; `transform` samples without.
+    sampling = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    chosen = sampling.get(spec.interpolation, Image.Resampling.BICUBIC)
+    box = (0, 0, image.width, image.height)
+    return image.transform((width, height), Image.Transform.EXTENT, box, resample=chosen)
+
+
+def _center_crop(image: Image.Image, crop: list[int], background: tuple[int, int, int]) -> Image.Image:
+    height, width = crop
+    if image.width < width or image.height < height:
+        canvas = Image.new("RGB", (max(width, image.width), max(height, image.height)), background)
+        canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
+        image = canvas
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,160 @@
+"""RUN/run.json: what a run is, how far it got, and which files each stage left there.
+
+A stage whose inputs are unchanged is skipped; a run whose configuration or data changed is moved aside, never deleted.
+"""
+
+import dataclasses
+import datetime
+import os
+import subprocess
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pipeline.config import Config
+from pipeline.console import say
+from pipeline.errors import RunError
+from pipeline.files import move_aside, sha256_of, write_json
+from pipeline.manifest import FORMAT_VERSION, DatasetManifest, read_versioned_json
+from pipeline.preprocess import PreprocessSpec, build_spec
+
+RUN_NAME = "run.json"
+CONFIG_NAME = "config.yaml"
+LAST = Path("checkpoints/last.ckpt")
+BEST = Path("checkpoints/best.ckpt")
+Outcome = Literal["running", "done", "stopped", "failed"]
+
+
+@dataclass
+class RunRecord:
+    """run.json. `config_digest` covers the settings that can change the trained weights."""
+
+    name: str
+    job_id: str
+    config_digest: str
+    data_digest: str
+    preprocess_hash: str
+    git: dict[str, Any]
+    mlflow: dict[str, str | None] = field(default_factory=lambda: {"uri": None, "experiment": None, "run_id": None})
+    world_size: int | None = None
+    outcome: Outcome = "running"
+    steps: int = 0
+    best: dict[str, Any] | None = None
+    stages: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    folder: Path = Path()
+
+    @classmethod
+    def load(cls, folder: Path) -> Self | None:
+        """Read RUN/run.json; None where there is none."""
+        path = folder / RUN_NAME
+        if not path.is_file():
+            return None
+        try:
+            return cls(**{**read_versioned_json(path), "folder": folder})
+        except TypeError as error:
+            raise RunError(f"{path}: not a run record ({error}). Move the folder away and start again.") from error
+
+    @classmethod
+    def require(cls, folder: Path) -> Self:
+        """Read RUN/run.json. Raises RunError where there is none."""
+        record = cls.load(folder)
+        if record is None:
+            raise RunError(f"{folder}: no run there (no {RUN_NAME}). Run `shardline train` first.")
+        return record
+
+    def save(self) -> None:
+        """Write run.json atomically."""
+        values = dataclasses.asdict(self)
+        del values["folder"]
+        write_json(self.folder / RUN_NAME, values)
+
+    def finish_stage(self, stage: str, inputs_digest: str, outputs: list[Path]) -> None:
+        """Record a stage as done, with the sha256 of every file that it left, and save."""
+        self.stages[stage] = {
+            "inputs_digest": inputs_digest,
+            "outputs": {os.fspath(path.relative_to(self.folder)): sha256_of(path) for path in outputs},
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        self.save()
+
+    def stage_is_done(self, stage: str, inputs_digest: str) -> bool:
+        """Whether the stage ran on exactly these inputs and its files are still what it left."""
+        entry = self.stages.get(stage)
+        if entry is None or entry["inputs_digest"] != inputs_digest:
+            return False
+        outputs = {self.folder / name: sha256 for name, sha256 in entry["outputs"].items()}
+        return all(path.is_file() and sha256_of(path) == sha256 for path, sha256 in outputs.items())
+
+    def training_inputs(self) -> str:
+        """What the trained weights depend on."""
+        return f"{self.config_digest}/{self.data_digest}/{self.preprocess_hash}"
+
+    def best_checkpoint(self) -> Path:
+        """Path of the best checkpoint of a finished training. Raises RunError when there is none or it was changed."""
+        if self.outcome != "done" or self.best is None:
+            raise RunError(f"{self.folder}: training has not finished ({self.outcome}). Run `shardline train`.")
+        path = self.folder / str(self.best["path"])
+        if not path.is_file():
+            raise RunError(f"{path}: the best checkpoint is gone. Run `shardline train --fresh`.")
+        if sha256_of(path) != self.best["sha256"]:
+            raise RunError(f"{path}: is not the file that training left. Run `shardline train --fresh`.")
+        return path
+
+
+def open_run(config: Config, manifest: DatasetManifest, *, fresh: bool = False) -> tuple[RunRecord, PreprocessSpec]:
+    """Return the record of this configuration's run on this data, and its preprocessing.
+
+    An existing run of another configuration or data set, or any when `fresh`, is moved aside first. The caller holds RUN's lock.
+    """
+    spec = build_spec(config.preprocess, manifest.image_stats)
+    wanted = (config.identity(), manifest.digest, spec.hash())
+    record = RunRecord.load(config.run_dir)
+    if record is not None:
+        found = (record.config_digest, record.data_digest, record.preprocess_hash)
+        if fresh or found != wanted:
+            why = "--fresh was given" if fresh else _what_changed(found, wanted)
+            say(f"{config.run_dir}: {why}; the earlier run is kept as {move_aside(config.run_dir)}")
+            record = None
+    elif config.run_dir.is_dir() and any(config.run_dir.iterdir()):
+        raise RunError(f"{config.run_dir}: is not a run (no {RUN_NAME}) and not empty. Choose another --name.")
+    if record is None:
+        record = RunRecord(config.name, uuid.uuid4().hex, *wanted, git=git_state(), folder=config.run_dir)
+        record.save()
+    save_config(config)
+    return record, spec
+
+
+def _what_changed(found: tuple[str, ...], wanted: tuple[str, ...]) -> str:
+    names = ("the configuration", "the data set", "the preprocessing")
+    changed = [name for name, before, now in zip(names, found, wanted, strict=True) if before != now]
+    return f"{' and '.join(changed)} changed"
+
+
+def save_config(config: Config) -> None:
+    """Write the resolved configuration into the run folder."""
+    import yaml
+
+    path = config.run_dir / CONFIG_NAME
+    text = yaml.safe_dump(config.as_dict(), sort_keys=False)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirtiness of the checkout that Shardline runs from; nulls outside a checkout."""
+    folder = Path(__file__).parent
+    commit = _git(folder, "rev-parse", "HEAD")
+    status = _git(folder, "status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"commit": commit, "dirty": bool(status) if commit else None}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,139 @@
+"""The LightningModule: one loss, exact metrics, and randomness that depends on (seed, step, rank) alone."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from pipeline.config import Config
+from pipeline.data.dataset import Batch
+from pipeline.data.order import mix
+from pipeline.task import EvaluationSums, Metrics, sample_losses
+from pipeline.training.optim import build_optimizer, build_scheduler
+
+
+class Classifier(L.LightningModule):
+    """Trains `network`, uint8 images (N, 3, H, W) to logits (N, K)."""
+
+    def __init__(self, network: nn.Sequential, config: Config, num_classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.num_classes = num_classes
+        self.step_sums = torch.zeros(3)  # weighted loss, weighted correct, weight of this rank's last batch
+        self.metrics: Metrics | None = None
+        self.predictions: list[torch.Tensor] = []
+        self.plateau: ReduceLROnPlateau | None = None
+        self.plateau_state: dict[str, Any] | None = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K) of uint8 images (N, 3, H, W)."""
+        logits: torch.Tensor = self.network(images)
+        return logits
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout must not depend on what ran before: a resumed step draws the masks of the undisturbed one."""
+        torch.manual_seed(mix(self.config.seed, self.global_step, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Mean loss over the local batch; with DDP's mean over ranks, the mean over the global batch."""
+        logits = self.network(batch["image"])  # (n, K)
+        weights = batch["weight"]  # (n,)
+        weighted = weights * sample_losses(logits, batch["label"])
+        with torch.no_grad():
+            correct = weights * (logits.argmax(dim=1) == batch["label"])
+            self.step_sums = torch.stack([weighted.sum(), correct.sum(), weights.sum()])
+        return weighted.sum() / len(weights)
+
+    def configure_optimizers(self) -> Any:
+        """The configured optimizer and scheduler, in Lightning's form."""
+        optimizer = build_optimizer(self.network, self.config.optimizer)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        if self.config.scheduler.interval == "epoch":
+            total_steps = self.config.trainer.max_epochs
+        scheduler = build_scheduler(optimizer, self.config.scheduler, total_steps, self.config.trainer.monitor)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            self.plateau = scheduler
+            if self.plateau_state is not None:
+                scheduler.load_state_dict(self.plateau_state)
+        if scheduler is None or self.plateau is not None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": self.config.scheduler.interval},
+        }
+
+    # Lightning skips a plateau scheduler when it resumes at an epoch's end, so this one is moved and saved here.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the place of a plateau scheduler."""
+        if self.plateau is not None:
+            checkpoint["plateau"] = self.plateau.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the place of a plateau scheduler, which is built later."""
+        self.plateau_state = checkpoint.get("plateau")
+
+    # ---- evaluation, the same for validation and test ----
+
+    def _start_evaluation(self, num_samples: int) -> None:
+        # BatchNorm's running statistics differ by rank after a step, and evaluation runs outside of DDP.
+        for buffer in self.network.buffers():
+            _broadcast(buffer)
+        self.sums = EvaluationSums(self.num_classes, num_samples, self.device)
+
+    def _add(self, batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = self.network(batch["image"])
+        self.sums.add(logits, batch["label"], batch["weight"], batch["index"])
+        return logits
+
+    def on_validation_epoch_start(self) -> None:
+        """Start to count."""
+        self._start_evaluation(_num_samples(self.trainer.val_dataloaders))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count one batch."""
+        self._add(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Add up the ranks; every rank holds the same figures afterwards."""
+        self.metrics = self.sums.reduce()
+        if self.plateau is not None:
+            self.plateau.step(monitored(self.config, self.metrics))
+
+    def on_test_epoch_start(self) -> None:
+        """Start to count, and to keep each prediction."""
+        self.predictions = []
+        self._start_evaluation(_num_samples(self.trainer.test_dataloaders))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count one batch; keep (index, label, predicted, confidence) of each row, index -1 for padding."""
+        confidence, predicted = self._add(batch).softmax(dim=1).max(dim=1)
+        index = torch.where(batch["weight"] > 0, batch["index"], -1)
+        rows = torch.stack([index.double(), batch["label"].double(), predicted.double(), confidence.double()], dim=1)
+        self.predictions.append(rows)
+
+    def on_test_epoch_end(self) -> None:
+        """Add up the ranks, and gather their predictions, (N, 4), in the order of samples."""
+        self.metrics = self.sums.reduce()
+        gathered = self.all_gather(torch.cat(self.predictions))
+        assert isinstance(gathered, torch.Tensor)
+        rows = gathered.reshape(-1, 4)
+        rows = rows[rows[:, 0] >= 0]
+        self.predictions = [rows[rows[:, 0].argsort()].cpu()]
+
+
+def monitored(config: Config, metrics: Metrics) -> float:
+    """The value that decides which checkpoint is the best; greater is better for accuracy, smaller for loss."""
+    return metrics.accuracy if config.trainer.monitor == "val/accuracy" else metrics.loss
+
+
+def _num_samples(loader: Any) -> int:
+    return len(loader.dataset)
+
+
+def _broadcast(buffer: torch.Tensor) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(buffer, src=0)

@@ -1,0 +1,86 @@
+"""`shardline evaluate`: the best checkpoint on every sample of the test split, exactly once over all ranks."""
+
+import csv
+import io
+from pathlib import Path
+
+import torch
+
+from pipeline import distributed
+from pipeline.config import Config
+from pipeline.data.datamodule import ShardDataModule
+from pipeline.data.dataset import ShardDataset
+from pipeline.files import digest_of, write_bytes, write_json
+from pipeline.manifest import DatasetManifest, load_dataset
+from pipeline.models.sequential import build_network
+from pipeline.preprocess import build_spec
+from pipeline.run import RunRecord
+from pipeline.task import Metrics
+from pipeline.tracking.run import open_tracker
+from pipeline.training.checkpoint import load_checkpoint
+from pipeline.training.classifier import Classifier
+from pipeline.training.fit import build_trainer
+
+RESULT = Path("evaluation/test.json")
+PREDICTIONS = Path("evaluation/predictions.csv")
+
+
+def evaluation_inputs(record: RunRecord, manifest: DatasetManifest) -> str:
+    """What the evaluation depends on."""
+    assert record.best is not None
+    return digest_of([record.best["sha256"], manifest.digest, manifest.evaluation_split])
+
+
+def evaluate(config: Config) -> None:
+    """Evaluate as one rank; rank 0 writes test.json and predictions.csv and tells MLflow."""
+    manifest = load_dataset(config.dataset_dir)
+    record = RunRecord.require(config.run_dir)
+    spec = build_spec(config.preprocess, manifest.image_stats)
+    checkpoint = load_checkpoint(record.best_checkpoint(), record)
+    module = Classifier(build_network(config.model, len(manifest.class_names), spec), config, len(manifest.class_names))
+    module.load_state_dict(checkpoint["state_dict"])
+    trainer = build_trainer(config, callbacks=[])
+    trainer.test(module, datamodule=ShardDataModule(manifest, spec, config.data, config.seed), verbose=False)
+    if distributed.rank() == 0:
+        assert module.metrics is not None
+        _save(config, manifest, record, module.metrics, module.predictions[0])
+
+
+def _save(
+    config: Config, manifest: DatasetManifest, record: RunRecord, metrics: Metrics, predictions: torch.Tensor
+) -> None:
+    assert record.best is not None
+    split = manifest.evaluation_split
+    result = {
+        "split": split,
+        "num_samples": metrics.num_samples,
+        "accuracy": metrics.accuracy,
+        "loss": metrics.loss,
+        "recall": {
+            name: recall if recall == recall else None
+            for name, recall in zip(manifest.class_names, metrics.recall, strict=True)
+        },
+        "data_digest": manifest.digest,
+        "checkpoint_sha256": record.best["sha256"],
+    }
+    dataset = ShardDataset(manifest, split, build_spec(config.preprocess, manifest.image_stats))
+    write_bytes(config.run_dir / PREDICTIONS, _predictions_table(dataset, manifest.class_names, predictions))
+    write_json(config.run_dir / RESULT, result)
+    outputs = [config.run_dir / RESULT, config.run_dir / PREDICTIONS]
+    tracker = open_tracker(config, record)
+    figures = {f"{split}/accuracy": metrics.accuracy, f"{split}/loss": metrics.loss}
+    tracker.log_final(figures, f"**{split} accuracy {metrics.accuracy:.4f}** on {metrics.num_samples:,} images")
+    for path in outputs:
+        tracker.log_file(path, "evaluation")
+    tracker.finish()
+    record.finish_stage("evaluate", evaluation_inputs(record, manifest), outputs)
+
+
+def _predictions_table(dataset: ShardDataset, class_names: list[str], predictions: torch.Tensor) -> bytes:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["index", "key", "label", "predicted", "confidence"])
+    for index, label, predicted, confidence in predictions.tolist():  # (N, 4)
+        row = [int(index), dataset.key(int(index)), class_names[int(label)], class_names[int(predicted)]]
+        writer.writerow([*row, f"{confidence:.6f}"])
+    return table.getvalue().encode()

@@ -1,0 +1,176 @@
+"""`shardline train`: what is checked at the front door, and what each rank then does."""
+
+import logging
+import time
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from pipeline import distributed
+from pipeline.config import Config
+from pipeline.console import say
+from pipeline.data.datamodule import ShardDataModule
+from pipeline.data.order import local_batch_size
+from pipeline.errors import ConfigError, DataError, RunError, StoppedError
+from pipeline.files import locked, sha256_of
+from pipeline.manifest import DatasetManifest, load_dataset, open_index
+from pipeline.models.sequential import build_network, count_parameters, require_forward
+from pipeline.preprocess import PreprocessSpec, build_spec
+from pipeline.run import BEST, LAST, RunRecord, open_run
+from pipeline.task import require_supported
+from pipeline.tracking.run import RunTracker, open_tracker
+from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
+from pipeline.training.checkpoint import CheckpointWriter, DurableCheckpointIO, identity_of, load_checkpoint
+from pipeline.training.classifier import Classifier
+from pipeline.training.optim import build_optimizer, build_scheduler
+from pipeline.training.preemption import StopOnSignal
+
+# A rank that waits longer than this for another will never see it again.
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+WRITER_WAIT_SECONDS = 30.0
+
+
+def require_trainable(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, world_size: int) -> None:
+    """Refuse, before any rank starts, everything that would make one fail. Raises ConfigError or DataError."""
+    require_supported(manifest.task)
+    local_batch_size(config.data.global_batch_size, world_size)
+    for split in ("train", "val", manifest.evaluation_split):
+        open_index(manifest, split)
+    num_samples = manifest.split("train").num_samples
+    if config.data.drop_last and num_samples < config.data.global_batch_size:
+        raise DataError(
+            f"{manifest.folder}: its train split has {num_samples} samples, fewer than `data.global_batch_size` "
+            f"({config.data.global_batch_size}). Use a smaller batch or `data.drop_last: false`."
+        )
+    if config.trainer.precision == "16-mixed" and not torch.cuda.is_available():
+        raise ConfigError("`trainer.precision` 16-mixed needs a GPU. Use 32-true.")
+    network = build_network(config.model, len(manifest.class_names), spec)
+    require_forward(network, spec)
+    optimizer = build_optimizer(network, config.optimizer)
+    build_scheduler(optimizer, config.scheduler, total_steps=1000, monitor=config.trainer.monitor)
+
+
+def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
+    """A Lightning Trainer with DDP over the ranks that a launcher started: NCCL and GPUs where there are any, else gloo.
+
+    Everything that differs by accelerator is decided here or by Lightning.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    local = distributed.local_world_size()
+    return L.Trainer(
+        accelerator="auto",
+        devices=local,
+        num_nodes=distributed.world_size() // local,
+        strategy=DDPStrategy(timeout=COLLECTIVE_TIMEOUT, checkpoint_io=DurableCheckpointIO()),
+        precision=config.trainer.precision,
+        deterministic=config.trainer.deterministic,
+        callbacks=callbacks,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=config.run_dir,
+        **options,
+    )
+
+
+def describe_world(trainer: L.Trainer) -> str:
+    """How many processes on what, in words: `2 DDP processes (gloo, cpu)`."""
+    device = trainer.strategy.root_device.type
+    backend = "nccl" if device == "cuda" else "gloo"
+    number = trainer.world_size
+    return f"{number} DDP process{'es' if number > 1 else ''} ({backend}, {device})"
+
+
+def fit(config: Config) -> None:
+    """Train as one rank, from the last checkpoint of the run if there is one."""
+    manifest = load_dataset(config.dataset_dir)
+    if distributed.rank() == 0:
+        # A killed predecessor's rank may take a moment to die; it must not write beside this one.
+        with locked(config.run_dir.with_name(f"{config.name}.writer"), wait_seconds=WRITER_WAIT_SECONDS):
+            record, spec = open_run(config, manifest)
+            record.world_size, record.outcome = distributed.world_size(), "running"
+            record.save()
+            _fit_recorded(config, manifest, spec, record)
+    else:
+        record, spec = wait_for_run(config, manifest)
+        _fit_rank(config, manifest, spec, record, tracker=None)
+
+
+def wait_for_run(config: Config, manifest: DatasetManifest) -> tuple[RunRecord, PreprocessSpec]:
+    """On ranks other than 0: the record, once rank 0 has it in place for this configuration and data."""
+    spec = build_spec(config.preprocess, manifest.image_stats)
+    wanted = (config.identity(), manifest.digest, spec.hash())
+    deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        record = RunRecord.load(config.run_dir)
+        if record is not None and (record.config_digest, record.data_digest, record.preprocess_hash) == wanted:
+            return record, spec
+        time.sleep(0.2)
+    raise RunError(f"{config.run_dir}: rank 0 made no run there in {COLLECTIVE_TIMEOUT}. Do all ranks see one file system?")
+
+
+def _fit_recorded(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, record: RunRecord) -> None:
+    """Rank 0's part: the same training, with its outcome in run.json and MLflow."""
+    tracker = open_tracker(config, record)
+    try:
+        steps, best_value = _fit_rank(config, manifest, spec, record, tracker)
+    except StoppedError:
+        record.outcome = "stopped"
+        record.save()
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        record.outcome = "failed"
+        record.save()
+        tracker.finish("FAILED")
+        raise
+    best = config.run_dir / BEST
+    record.steps, record.outcome = steps, "done"
+    record.best = {
+        "path": str(BEST),
+        "sha256": sha256_of(best),
+        "monitor": config.trainer.monitor,
+        "value": best_value,
+    }
+    record.finish_stage("train", record.training_inputs(), [best, config.run_dir / LAST])
+    tracker.finish()
+
+
+def _fit_rank(
+    config: Config, manifest: DatasetManifest, spec: PreprocessSpec, record: RunRecord, tracker: RunTracker | None
+) -> tuple[int, float | None]:
+    """Build everything, train to the end, and return (global step, best value of the monitor)."""
+    assert spec.fixed_size is not None
+    L.seed_everything(config.seed, verbose=False)
+    network = build_network(config.model, len(manifest.class_names), spec)
+    module = Classifier(network, config, len(manifest.class_names))
+    writer = CheckpointWriter(config, manifest, identity_of(record), config.run_dir)
+    callbacks = [
+        WarmUpBuckets(spec.fixed_size),
+        TrainingCurves(tracker, manifest.class_names, config.trainer.log_every_steps),
+        ShowProgress(),
+        writer,
+        StopOnSignal(writer),
+    ]
+    trainer = build_trainer(
+        config,
+        callbacks,
+        max_epochs=config.trainer.max_epochs,
+        gradient_clip_val=config.trainer.gradient_clip_norm,
+    )
+    last = config.run_dir / LAST
+    resume = load_checkpoint(last, record)["shardline"] if last.is_file() else None
+    if trainer.is_global_zero:
+        place = f", going on after step {resume['global_step']}" if resume else ""
+        say(f"training {config.name} on {describe_world(trainer)}{place}: {count_parameters(network):,} parameters")
+    data = ShardDataModule(manifest, spec, config.data, config.seed)
+    trainer.fit(module, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
+    return trainer.global_step, writer.best_value
