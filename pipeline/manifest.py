@@ -125,9 +125,9 @@ def load_dataset(folder: Path) -> DatasetManifest:
         stats = ImageStats(**values["image_stats"])
         manifest = DatasetManifest(**{**values, "splits": splits, "image_stats": stats, "folder": folder})
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a data set manifest ({error}). Rebuild it with `shardline shard`.") from error
+        raise DataError(f"{path}: not a data set manifest ({error}). Rebuild it with `shardline shard --fresh`.") from error
     if manifest.digest != digest_of(manifest.content()):
-        raise DataError(f"{path}: was edited: its digest does not fit its content. Rebuild it with `shardline shard`.")
+        raise DataError(f"{path}: was edited: its digest does not fit its content. Rebuild it with `shardline shard --fresh`.")
     _require_files(manifest)
     return manifest
 
@@ -153,14 +153,14 @@ def _require_files(manifest: DatasetManifest) -> None:
         for shard in split.shards:
             path = manifest.folder / shard.name
             if not path.is_file():
-                raise DataError(f"{path}: shard is missing. Copy it again or rebuild with `shardline shard`.")
+                raise DataError(f"{path}: shard is missing. Copy it again or rebuild with `shardline shard --fresh`.")
             if path.stat().st_size != shard.num_bytes:
                 raise DataError(
                     f"{path}: holds {path.stat().st_size} bytes but the manifest says {shard.num_bytes}. "
-                    "It was probably cut short: copy it again or rebuild with `shardline shard`."
+                    "It was probably cut short: copy it again or rebuild with `shardline shard --fresh`."
                 )
         if not (manifest.folder / split.index.name).is_file():
-            raise DataError(f"{manifest.folder / split.index.name}: index is missing. Rebuild with `shardline shard`.")
+            raise DataError(f"{manifest.folder / split.index.name}: index is missing. Rebuild with `shardline shard --fresh`.")
 
 
 def open_index(manifest: DatasetManifest, split_name: str) -> Index:
@@ -170,18 +170,18 @@ def open_index(manifest: DatasetManifest, split_name: str) -> Index:
     try:
         rows: Index = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise DataError(f"{path}: not an index ({error}). Rebuild with `shardline shard`.") from error
+        raise DataError(f"{path}: not an index ({error}). Rebuild with `shardline shard --fresh`.") from error
     if rows.dtype != INDEX_ROW or rows.shape != (split.num_samples,):
         raise DataError(
             f"{path}: holds {rows.shape} rows of {rows.dtype} but the manifest says {split.num_samples} samples. "
-            "Rebuild with `shardline shard`."
+            "Rebuild with `shardline shard --fresh`."
         )
     labels = rows["label"]
     outside = np.flatnonzero((labels < 0) | (labels >= len(manifest.class_names)))
     if len(outside):
         raise DataError(
             f"{path}: sample {outside[0]} has label {labels[outside[0]]}, outside the {len(manifest.class_names)} classes "
-            f"(0 to {len(manifest.class_names) - 1}). Correct its label and rebuild with `shardline shard`."
+            f"(0 to {len(manifest.class_names) - 1}). Correct its label and rebuild with `shardline shard --fresh`."
         )
     return rows
 

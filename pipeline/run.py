@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pipeline.config import Config
 from pipeline.console import say
 from pipeline.errors import RunError
-from pipeline.files import move_aside, sha256_of, write_json
+from pipeline.files import digest_of, move_aside, sha256_of, write_json
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest, read_versioned_json
 from pipeline.preprocess import PreprocessSpec, build_spec
 
@@ -24,6 +24,7 @@ CONFIG_NAME = "config.yaml"
 LAST = Path("checkpoints/last.ckpt")
 BEST = Path("checkpoints/best.ckpt")
 Outcome = Literal["running", "done", "stopped", "failed"]
+Stage = Literal["check", "train", "evaluate", "export"]
 
 
 @dataclass
@@ -70,7 +71,7 @@ class RunRecord:
         del values["folder"]
         write_json(self.folder / RUN_NAME, values)
 
-    def finish_stage(self, stage: str, inputs_digest: str, outputs: list[Path]) -> None:
+    def finish_stage(self, stage: Stage, inputs_digest: str, outputs: list[Path]) -> None:
         """Record a stage as done, with the sha256 of every file that it left, and save."""
         self.stages[stage] = {
             "inputs_digest": inputs_digest,
@@ -79,7 +80,7 @@ class RunRecord:
         }
         self.save()
 
-    def stage_is_done(self, stage: str, inputs_digest: str) -> bool:
+    def stage_is_done(self, stage: Stage, inputs_digest: str) -> bool:
         """Whether the stage ran on exactly these inputs and its files are still what it left."""
         entry = self.stages.get(stage)
         if entry is None or entry["inputs_digest"] != inputs_digest:
@@ -87,9 +88,20 @@ class RunRecord:
         outputs = {self.folder / name: sha256 for name, sha256 in entry["outputs"].items()}
         return all(path.is_file() and sha256_of(path) == sha256 for path, sha256 in outputs.items())
 
-    def training_inputs(self) -> str:
-        """What the trained weights depend on."""
-        return f"{self.config_digest}/{self.data_digest}/{self.preprocess_hash}"
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What makes this run another than all others: configuration, data and preprocessing."""
+        return self.config_digest, self.data_digest, self.preprocess_hash
+
+    def inputs_of(self, stage: Stage, config: Config, evaluation_split: str) -> str:
+        """Digest of everything that the stage's outcome depends on."""
+        inputs: dict[Stage, list[Any]] = {
+            "check": [self.identity, config.check.skip],
+            "train": [self.identity],
+            "evaluate": [self.best, evaluation_split],
+            "export": [self.best, evaluation_split, dataclasses.asdict(config.export)],
+        }
+        return digest_of(inputs[stage])
 
     def best_checkpoint(self) -> Path:
         """Path of the best checkpoint of a finished training. Raises RunError when there is none or it was changed."""
@@ -112,9 +124,8 @@ def open_run(config: Config, manifest: DatasetManifest, *, fresh: bool = False) 
     wanted = (config.identity(), manifest.digest, spec.hash())
     record = RunRecord.load(config.run_dir)
     if record is not None:
-        found = (record.config_digest, record.data_digest, record.preprocess_hash)
-        if fresh or found != wanted:
-            why = "--fresh was given" if fresh else _what_changed(found, wanted)
+        if fresh or record.identity != wanted:
+            why = "--fresh was given" if fresh else _what_changed(record.identity, wanted)
             say(f"{config.run_dir}: {why}; the earlier run is kept as {move_aside(config.run_dir)}")
             record = None
     elif config.run_dir.is_dir() and any(config.run_dir.iterdir()):
@@ -123,6 +134,19 @@ def open_run(config: Config, manifest: DatasetManifest, *, fresh: bool = False) 
         record = RunRecord(config.name, uuid.uuid4().hex, *wanted, git=git_state(), folder=config.run_dir)
         record.save()
     save_config(config)
+    return record, spec
+
+
+def require_run(config: Config, manifest: DatasetManifest) -> tuple[RunRecord, PreprocessSpec]:
+    """Return the record of this configuration's run on this data, and its preprocessing. Raises RunError for another's."""
+    spec = build_spec(config.preprocess, manifest.image_stats)
+    record = RunRecord.require(config.run_dir)
+    wanted = (config.identity(), manifest.digest, spec.hash())
+    if record.identity != wanted:
+        raise RunError(
+            f"{config.run_dir}: {_what_changed(record.identity, wanted)} since this run was trained. "
+            "Run `shardline train` with the same arguments first."
+        )
     return record, spec
 
 

@@ -48,7 +48,7 @@ class ShardReader:
         if len(content) != size:
             raise DataError(
                 f"{self.paths[shard]}: ends before byte {offset + size}. It was cut short: "
-                "copy it again or rebuild it with `shardline shard`."
+                "copy it again or rebuild it with `shardline shard --fresh`."
             )
         return content
 
@@ -62,7 +62,7 @@ class ShardReader:
             try:
                 descriptor = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError as error:
-                raise DataError(f"{self.paths[shard]}: shard is missing. Rebuild with `shardline shard`.") from error
+                raise DataError(f"{self.paths[shard]}: shard is missing. Rebuild with `shardline shard --fresh`.") from error
         self._descriptors[shard] = descriptor
         return descriptor
 
@@ -111,7 +111,7 @@ class ShardDataset(Dataset[tuple[torch.Tensor, int]]):
             shard = self.reader.paths[int(self.rows[index]["shard"])]
             raise DataError(
                 f"{shard}: sample {self.key(index)} cannot be decoded ({error}). "
-                "Replace its image in the source and rebuild with `shardline shard`."
+                "Replace its image in the source and rebuild with `shardline shard --fresh`."
             ) from error
         tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)  # (3, H, W)
         if self.augmentation is not None:

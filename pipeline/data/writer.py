@@ -21,10 +21,10 @@ from PIL import Image
 
 import pipeline
 from pipeline.config import DatasetConfig
-from pipeline.console import track
-from pipeline.data.sources import ImageSource, LabelledImage
+from pipeline.console import say, track
+from pipeline.data.sources import ImageSource, LabelledImage, open_source
 from pipeline.errors import DataError
-from pipeline.files import fsync_file, fsync_folder, sha256_of
+from pipeline.files import fsync_file, fsync_folder, move_aside, sha256_of
 from pipeline.manifest import (
     INDEX_ROW,
     MANIFEST_NAME,
@@ -82,18 +82,26 @@ def preparation_of(config: DatasetConfig, kind: str) -> dict[str, object]:
     }
 
 
-def existing_dataset(folder: Path) -> DatasetManifest | None:
-    """The data set in `folder`; None when the folder is missing, empty, or holds only an interrupted one's files.
+def prepare_dataset(config: DatasetConfig, folder: Path, *, fresh: bool = False) -> tuple[DatasetManifest, bool]:
+    """Return the data set of this configuration in `folder`, and whether it had to be written.
 
-    Raises DataError when something else lies there.
+    One that was made otherwise, or any when `fresh`, is moved aside. Raises DataError for a damaged one, and when something else
+    than a data set lies there. The caller holds the folder's lock.
     """
+    source = open_source(config.source)
     if (folder / MANIFEST_NAME).is_file():
-        return load_dataset(folder)
-    if folder.is_dir():
+        if not fresh:
+            manifest = load_dataset(folder)
+            wanted = (preparation_of(config, source.kind), source.fingerprint)
+            if (manifest.preparation, manifest.info["source_fingerprint"]) == wanted:
+                return manifest, False
+        why = "--fresh was given" if fresh else "the images or the settings of `dataset` changed"
+        say(f"{folder}: {why}; the earlier data set is kept as {move_aside(folder)}")
+    elif folder.is_dir():
         foreign = sorted(path.name for path in folder.iterdir() if not OWN_NAMES.fullmatch(path.name))
         if foreign:
-            raise DataError(f"{folder}: is not a data set but holds {foreign[0]}. Choose another `dataset.path`.")
-    return None
+            raise DataError(f"{folder}: is not a data set but holds {foreign[0]}. Choose another --dataset.path.")
+    return write_dataset(source, config, folder), True
 
 
 def split_images(source: ImageSource, config: DatasetConfig) -> dict[str, list[LabelledImage]]:
@@ -125,7 +133,7 @@ def _hash(seed: int, purpose: str, name: str) -> bytes:
     return hashlib.sha256(f"{seed}/{purpose}/{name}".encode()).digest()
 
 
-def write_dataset(source: ImageSource, config: DatasetConfig, folder: Path, source_name: str) -> DatasetManifest:
+def write_dataset(source: ImageSource, config: DatasetConfig, folder: Path) -> DatasetManifest:
     """Write all splits of `source` into `folder` and return the manifest. Raises DataError naming undecodable images."""
     splits = split_images(source, config)
     partial = folder / PARTIAL
@@ -145,7 +153,7 @@ def write_dataset(source: ImageSource, config: DatasetConfig, folder: Path, sour
             image_stats=writer.sums.stats("train"),
             preparation=preparation_of(config, source.kind),
             info={
-                "source": source_name,
+                "source": config.source,
                 "source_fingerprint": source.fingerprint,
                 "num_ignored": source.num_ignored,
                 "tool_version": pipeline.__version__,

@@ -10,14 +10,14 @@ from pipeline import distributed
 from pipeline.config import Config
 from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.dataset import ShardDataset
-from pipeline.files import digest_of, write_bytes, write_json
+from pipeline.files import write_bytes, write_json
 from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import build_spec
-from pipeline.run import RunRecord
+from pipeline.run import RunRecord, require_run
 from pipeline.task import Metrics
 from pipeline.tracking.run import open_tracker
-from pipeline.training.checkpoint import load_checkpoint
+from pipeline.training.checkpoint import load_network_weights
 from pipeline.training.classifier import Classifier
 from pipeline.training.fit import build_trainer
 
@@ -25,20 +25,13 @@ RESULT = Path("evaluation/test.json")
 PREDICTIONS = Path("evaluation/predictions.csv")
 
 
-def evaluation_inputs(record: RunRecord, manifest: DatasetManifest) -> str:
-    """What the evaluation depends on."""
-    assert record.best is not None
-    return digest_of([record.best["sha256"], manifest.digest, manifest.evaluation_split])
-
-
 def evaluate(config: Config) -> None:
     """Evaluate as one rank; rank 0 writes test.json and predictions.csv and tells MLflow."""
     manifest = load_dataset(config.dataset_dir)
-    record = RunRecord.require(config.run_dir)
-    spec = build_spec(config.preprocess, manifest.image_stats)
-    checkpoint = load_checkpoint(record.best_checkpoint(), record)
-    module = Classifier(build_network(config.model, len(manifest.class_names), spec), config, len(manifest.class_names))
-    module.load_state_dict(checkpoint["state_dict"])
+    record, spec = require_run(config, manifest)
+    network = build_network(config.model, len(manifest.class_names), spec)
+    network.load_state_dict(load_network_weights(record.best_checkpoint(), record))
+    module = Classifier(network, config, len(manifest.class_names))
     trainer = build_trainer(config, callbacks=[])
     trainer.test(module, datamodule=ShardDataModule(manifest, spec, config.data, config.seed), verbose=False)
     if distributed.rank() == 0:
@@ -73,7 +66,7 @@ def _save(
     for path in outputs:
         tracker.log_file(path, "evaluation")
     tracker.finish()
-    record.finish_stage("evaluate", evaluation_inputs(record, manifest), outputs)
+    record.finish_stage("evaluate", record.inputs_of("evaluate", config, split), outputs)
 
 
 def _predictions_table(dataset: ShardDataset, class_names: list[str], predictions: torch.Tensor) -> bytes:

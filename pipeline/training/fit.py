@@ -1,4 +1,4 @@
-"""`shardline train`: what is checked at the front door, and what each rank then does."""
+"""`shardline train` as one rank: Lightning's Trainer around the classifier, from the last checkpoint if there is one."""
 
 import logging
 import time
@@ -14,44 +14,22 @@ from pipeline import distributed
 from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data.datamodule import ShardDataModule
-from pipeline.data.order import local_batch_size
-from pipeline.errors import ConfigError, DataError, RunError, StoppedError
+from pipeline.errors import RunError, StoppedError
 from pipeline.files import locked, sha256_of
-from pipeline.manifest import DatasetManifest, load_dataset, open_index
-from pipeline.models.sequential import build_network, count_parameters, require_forward
+from pipeline.manifest import DatasetManifest, load_dataset
+from pipeline.models.sequential import build_network, count_parameters
 from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.run import BEST, LAST, RunRecord, open_run
-from pipeline.task import require_supported
 from pipeline.tracking.run import RunTracker, open_tracker
 from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
-from pipeline.training.checkpoint import CheckpointWriter, DurableCheckpointIO, identity_of, load_checkpoint
+from pipeline.training.checkpoint import identity_of, load_checkpoint
+from pipeline.training.checkpoint_writer import CheckpointWriter, DurableCheckpointIO
 from pipeline.training.classifier import Classifier
-from pipeline.training.optim import build_optimizer, build_scheduler
 from pipeline.training.preemption import StopOnSignal
 
 # A rank that waits longer than this for another will never see it again.
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 WRITER_WAIT_SECONDS = 30.0
-
-
-def require_trainable(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, world_size: int) -> None:
-    """Refuse, before any rank starts, everything that would make one fail. Raises ConfigError or DataError."""
-    require_supported(manifest.task)
-    local_batch_size(config.data.global_batch_size, world_size)
-    for split in ("train", "val", manifest.evaluation_split):
-        open_index(manifest, split)
-    num_samples = manifest.split("train").num_samples
-    if config.data.drop_last and num_samples < config.data.global_batch_size:
-        raise DataError(
-            f"{manifest.folder}: its train split has {num_samples} samples, fewer than `data.global_batch_size` "
-            f"({config.data.global_batch_size}). Use a smaller batch or `data.drop_last: false`."
-        )
-    if config.trainer.precision == "16-mixed" and not torch.cuda.is_available():
-        raise ConfigError("`trainer.precision` 16-mixed needs a GPU. Use 32-true.")
-    network = build_network(config.model, len(manifest.class_names), spec)
-    require_forward(network, spec)
-    optimizer = build_optimizer(network, config.optimizer)
-    build_scheduler(optimizer, config.scheduler, total_steps=1000, monitor=config.trainer.monitor)
 
 
 def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
@@ -111,7 +89,7 @@ def wait_for_run(config: Config, manifest: DatasetManifest) -> tuple[RunRecord, 
     deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
     while time.monotonic() < deadline:
         record = RunRecord.load(config.run_dir)
-        if record is not None and (record.config_digest, record.data_digest, record.preprocess_hash) == wanted:
+        if record is not None and record.identity == wanted:
             return record, spec
         time.sleep(0.2)
     raise RunError(f"{config.run_dir}: rank 0 made no run there in {COLLECTIVE_TIMEOUT}. Do all ranks see one file system?")
@@ -140,7 +118,8 @@ def _fit_recorded(config: Config, manifest: DatasetManifest, spec: PreprocessSpe
         "monitor": config.trainer.monitor,
         "value": best_value,
     }
-    record.finish_stage("train", record.training_inputs(), [best, config.run_dir / LAST])
+    inputs = record.inputs_of("train", config, manifest.evaluation_split)
+    record.finish_stage("train", inputs, [best, config.run_dir / LAST])
     tracker.finish()
 
 

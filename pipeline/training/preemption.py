@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import StoppedError
-from pipeline.training.checkpoint import CheckpointWriter
+from pipeline.training.checkpoint_writer import CheckpointWriter
 
 # The ranks talk about stopping only this often: an all-reduce a step would cost more than it is worth.
 STEPS_BETWEEN_AGREEMENTS = 5

@@ -1,0 +1,344 @@
+"""The verbs of `shardline`. Each imports its stage only when it is called, so that `--help` stays fast.
+
+A user's mistake is one line on stderr and exit code 2; a gate that says no is 3; stopped after saving is 128 + signal.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pipeline
+from pipeline import distributed
+from pipeline.config import Config, add_settings, parse_arguments, parse_config
+from pipeline.console import closing_box, say
+from pipeline.errors import ConfigError, DataError, ShardlineError, explain_os_error, nearest
+from pipeline.files import locked
+from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset, verify_dataset
+from pipeline.run import RunRecord, Stage, open_run, require_run
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(arguments)
+    except ShardlineError as error:
+        return _fail(error)
+    except OSError as error:
+        known = explain_os_error(error)
+        if known is None:
+            raise
+        return _fail(known)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _fail(error: ShardlineError) -> int:
+    print(f"shardline: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"shardline {pipeline.__version__}")
+        return 0
+    verb = VERBS.get(arguments[0])
+    if verb is None:
+        raise ConfigError(f"no verb '{arguments[0]}'.{nearest(arguments[0], VERBS)} See `shardline --help`.")
+    return verb(arguments[1:])
+
+
+def _overview() -> str:
+    lines = ["usage: shardline VERB [--config FILE] [--SETTING VALUE ...]", "", (pipeline.__doc__ or "").strip(), "", "verbs:"]
+    lines += [f"  {name:<10} {_summary(verb)}" for name, verb in VERBS.items()]
+    lines += ["", "`shardline VERB --help` lists every setting. Exit codes: 0 done, 2 a mistake to mend, 3 a gate said no,"]
+    lines += ["143 / 130 stopped by SIGTERM / SIGINT after saving, 1 a bug."]
+    return "\n".join(lines)
+
+
+def _summary(verb: Callable[[list[str]], int]) -> str:
+    return (verb.__doc__ or "").splitlines()[0]
+
+
+def _parser(verb: Callable[[list[str]], int], *, settings: bool = True) -> "ArgumentParser":
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"shardline {verb.__name__}", description=_summary(verb), exit_on_error=False)
+    if settings:
+        add_settings(parser)
+    return parser
+
+
+# ---- data ----
+
+
+def shard(argv: list[str]) -> int:
+    """Turn raw images into a data set of shards."""
+    parser = _parser(shard)
+    parser.add_argument("--fresh", action="store_true", help="move an existing data set aside and write it anew")
+    config, options = parse_config(parser, argv)
+    from pipeline.data.writer import prepare_dataset
+
+    with locked(config.dataset_dir):
+        manifest, made = prepare_dataset(config.dataset, config.dataset_dir, fresh=options.fresh)
+    if not made:
+        return _up_to_date("shard", config.dataset_dir)
+    counts = ", ".join(f"{name} {split.num_samples:,}" for name, split in manifest.splits.items())
+    facts = {
+        "samples": f"{counts} in {len(manifest.class_names)} classes",
+        "shards": str(sum(len(split.shards) for split in manifest.splits.values())),
+        "digest": manifest.digest[:12],
+        "in": str(config.dataset_dir),
+    }
+    if manifest.info["num_ignored"]:
+        facts["ignored"] = f"{manifest.info['num_ignored']:,} files that are no images"
+    closing_box("data set ready", facts, _next("check", argv))
+    return 0
+
+
+def verify(argv: list[str]) -> int:
+    """Re-hash a data set, or prove that a model is the one that was exported."""
+    parser = _parser(verify)
+    parser.add_argument("path", nargs="?", default="", help="data set folder or model file; default: the run's data set")
+    config, options = parse_config(parser, argv)
+    path = Path(options.path) if options.path else config.dataset_dir
+    if path.is_dir() or path.name == MANIFEST_NAME or not options.path:
+        return _verify_dataset(path.parent if path.name == MANIFEST_NAME else path)
+    from pipeline.serving.predictor import verify_model
+
+    closing_box("model verified", {"model": str(path), **verify_model(path)}, f"shardline predict {path} IMAGE...")
+    return 0
+
+
+def _verify_dataset(folder: Path) -> int:
+    from pipeline.console import track
+
+    manifest = load_dataset(folder)
+    num_files = sum(len(split.shards) + 1 for split in manifest.splits.values())
+    defects = []
+    for _, found in track(verify_dataset(manifest), "verify", num_files, "files"):
+        defects += found
+    if defects:
+        for defect in defects[1:]:
+            print(defect, file=sys.stderr)
+        more = f" ({len(defects) - 1} more above.)" if len(defects) > 1 else ""
+        raise DataError(f"{defects[0]} Copy it again or rebuild with `shardline shard --fresh`.{more}")
+    num_samples = sum(split.num_samples for split in manifest.splits.values())
+    closing_box("data set verified", {"samples": f"{num_samples:,}", "files": str(num_files), "digest": manifest.digest[:12]})
+    return 0
+
+
+# ---- a run ----
+
+
+def check(argv: list[str]) -> int:
+    """Run the sanity checks; exit 3 when one is red."""
+    config, _ = parse_config(_parser(check), argv)
+    manifest = load_dataset(config.dataset_dir)
+    with locked(config.run_dir):
+        if _is_done("check", config, manifest):
+            return _up_to_date("check", config.run_dir / "check")
+        from pipeline.recipe.gate import PICTURE, VERDICTS, require_green, require_known_checks, run_checks
+        from pipeline.training.preflight import require_trainable
+
+        require_known_checks(config.check.skip)
+        require_trainable(config, manifest, world_size=1)
+        record, spec = open_run(config, manifest)
+        require_green(run_checks(config, manifest, spec))
+        outputs = [config.run_dir / VERDICTS, config.run_dir / PICTURE]
+        record.finish_stage("check", record.inputs_of("check", config, manifest.evaluation_split), outputs)
+    facts = {"verdicts": str(config.run_dir / VERDICTS), "picture": str(config.run_dir / PICTURE)}
+    closing_box("all checks green", facts, _next("train", argv))
+    return 0
+
+
+def train(argv: list[str]) -> int:
+    """Train on all processes; goes on where an unfinished run stopped."""
+    parser = _parser(train)
+    parser.add_argument("--fresh", action="store_true", help="move the run aside and start anew")
+    config, options = parse_config(parser, argv)
+    if distributed.is_rank():
+        return distributed.run_rank(lambda: _train_rank(config), config.run_dir / "exit")
+    manifest = load_dataset(config.dataset_dir)
+    with locked(config.run_dir):
+        if not options.fresh and _is_done("train", config, manifest):
+            return _up_to_date("train", config.run_dir)
+        from pipeline.training.preflight import require_trainable
+
+        processes = distributed.num_processes()
+        require_trainable(config, manifest, processes)
+        record, _ = open_run(config, manifest, fresh=options.fresh)
+        code = distributed.launch(["train", *_without_fresh(argv)], config.run_dir, processes)
+        if code:
+            return code
+        record, _ = require_run(config, manifest)
+    assert record.best is not None
+    facts = {
+        "best": f"{config.run_dir / record.best['path']}  {record.best['monitor']} {record.best['value']:.4f}",
+        "steps": f"{record.steps:,} on {record.world_size} processes",
+        "run": f"{record.mlflow['run_id']} in {record.mlflow['uri']} (look at it with `make ui`)",
+    }
+    closing_box("trained", facts, _next("evaluate", argv))
+    return 0
+
+
+def _train_rank(config: Config) -> None:
+    from pipeline.training.fit import fit
+
+    fit(config)
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure the best checkpoint on every sample of the test split."""
+    config, _ = parse_config(_parser(evaluate), argv)
+    if distributed.is_rank():
+        return distributed.run_rank(lambda: _evaluate_rank(config), config.run_dir / "exit")
+    manifest = load_dataset(config.dataset_dir)
+    with locked(config.run_dir):
+        record, _ = require_run(config, manifest)
+        if _is_done("evaluate", config, manifest):
+            return _up_to_date("evaluate", config.run_dir / "evaluation")
+        record.best_checkpoint()
+        from pipeline.training.preflight import require_trainable
+
+        processes = distributed.num_processes()
+        require_trainable(config, manifest, processes)
+        code = distributed.launch(["evaluate", *argv], config.run_dir, processes)
+    if code == 0:
+        _show_result(config.run_dir, _next("export", argv))
+    return code
+
+
+def _evaluate_rank(config: Config) -> None:
+    from pipeline.training.evaluate import evaluate as evaluate_rank
+
+    evaluate_rank(config)
+
+
+def _show_result(run_dir: Path, next_command: str) -> None:
+    import json
+
+    path = run_dir / "evaluation" / "test.json"
+    result = json.loads(path.read_text())
+    worst = sorted((recall, name) for name, recall in result["recall"].items() if recall is not None)[:3]
+    facts = {
+        "accuracy": f"{result['accuracy']:.4f} on all {result['num_samples']:,} samples of {result['split']}",
+        "loss": f"{result['loss']:.4f}",
+        "hardest": ", ".join(f"{name} (recall {recall:.3f})" for recall, name in worst),
+        "in": str(path),
+    }
+    closing_box("evaluated", facts, next_command)
+
+
+def export(argv: list[str]) -> int:
+    """Publish the best checkpoint as ONNX, if it gives the trained answers; exit 3 if not."""
+    config, _ = parse_config(_parser(export), argv)
+    manifest = load_dataset(config.dataset_dir)
+    with locked(config.run_dir):
+        record, spec = require_run(config, manifest)
+        if _is_done("export", config, manifest):
+            return _up_to_date("export", config.run_dir / "export")
+        record.best_checkpoint()
+        from pipeline.export.publish import MODEL
+        from pipeline.export.publish import export as export_model
+
+        parity = export_model(config, manifest, spec, record)
+    model_path = config.run_dir / MODEL
+    worst = max(case.max_abs for case in parity.cases)
+    facts = {
+        "model": f"{model_path}  {model_path.stat().st_size / 1e6:.2f} MB, opset {config.export.opset}",
+        "parity": f"top-1 agreement {parity.top1_agreement:.4f} on {parity.num_samples:,} images, largest difference {worst:.1e}",
+    }
+    closing_box("model published", facts, f"shardline predict {model_path} IMAGE...")
+    return 0
+
+
+def _is_done(stage: Stage, config: Config, manifest: DatasetManifest) -> bool:
+    """Whether the run of exactly this configuration and data has this stage behind it."""
+    from pipeline.preprocess import build_spec
+
+    record = RunRecord.load(config.run_dir)
+    wanted = (config.identity(), manifest.digest, build_spec(config.preprocess, manifest.image_stats).hash())
+    if record is None or record.identity != wanted:
+        return False
+    return record.stage_is_done(stage, record.inputs_of(stage, config, manifest.evaluation_split))
+
+
+def _up_to_date(stage: str, where: Path) -> int:
+    say(f"{stage}: nothing to do, {where} is up to date")
+    return 0
+
+
+def _without_fresh(argv: list[str]) -> list[str]:
+    return [argument for argument in argv if argument != "--fresh"]
+
+
+def _next(verb: str, argv: list[str]) -> str:
+    return shlex.join(["shardline", verb, *_without_fresh(argv)])
+
+
+# ---- the model alone ----
+
+
+def predict(argv: list[str]) -> int:
+    """Classify images with an exported model; needs no torch."""
+    parser = _parser(predict, settings=False)
+    parser.add_argument("model", help="model.onnx")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with every class's probability")
+    options = parse_arguments(parser, argv)
+    from pipeline.serving.predictor import Predictor
+
+    predictor = Predictor(Path(options.model))
+    rows, mistakes = [], []
+    for image in options.images:
+        try:
+            answer = predictor.predict(Path(image))
+        except DataError as error:
+            mistakes.append(str(error))
+            rows.append({"image": image, "error": str(error)})
+        else:
+            rows.append({"image": image, "label": answer.label, "probability": answer.probability} | {"probabilities": answer.probabilities})
+    _show_predictions(rows, options)
+    if mistakes:
+        more = f" ({len(mistakes) - 1} more images cannot be classified either.)" if len(mistakes) > 1 else ""
+        raise DataError(f"{mistakes[0]}{more}")
+    return 0
+
+
+def _show_predictions(rows: list[dict[str, object]], options: "Namespace") -> None:
+    if options.json:
+        import json
+
+        print(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("image", "label", "probability")
+    table.columns[2].justify = "right"
+    for row in rows:
+        if "label" in row:
+            table.add_row(str(row["image"]), str(row["label"]), f"{row['probability']:.4f}")
+    if table.row_count:
+        Console().print(table)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "shard": shard,
+    "verify": verify,
+    "check": check,
+    "train": train,
+    "evaluate": evaluate,
+    "export": export,
+    "predict": predict,
+}

@@ -1,0 +1,1 @@
+"""The export stage: a trained network becomes one ONNX file, published only when it gives the trained answers."""

@@ -1,0 +1,121 @@
+"""Does the ONNX file give the trained network's answers on real images? Asked before anybody can use it.
+
+onnxruntime's optimiser removes a dropout that was left in training mode, so a comparison with optimisation on alone proves nothing:
+both settings are asked, and each twice, because noise differs between two runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from torch import nn
+
+from pipeline.config import ExportConfig
+from pipeline.data.dataset import ShardDataset
+from pipeline.task import probabilities
+
+OPTIMIZATIONS = {
+    "off": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "on": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+OUTPUTS = ("logits", "probabilities")
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ParityCase:
+    """One comparison: `max_abs` is the largest difference of any logit or probability, `run` the first or second try."""
+
+    batch: int
+    optimization: str
+    run: int
+    max_abs: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """parity.json. `sha256` is the file that was asked."""
+
+    passed: bool
+    cases: list[ParityCase]
+    top1_agreement: float
+    num_samples: int
+    sha256: str
+
+
+def compare(
+    network: nn.Module, content: bytes, sha256: str, dataset: ShardDataset, config: ExportConfig
+) -> Parity:
+    """Ask the torch network and the serialized ONNX model `content` for the same images of `dataset`."""
+    network = network.cpu().eval()
+    sessions = {name: _open_session(content, level) for name, level in OPTIMIZATIONS.items()}
+    cases = [
+        case
+        for size in sorted({1, 2, 3, config.max_batch_size})
+        for case in _compare_batch(network, sessions, _repeat_to(dataset, size), config.tolerance)
+    ]
+    agreeing = 0
+    for images in _batches(dataset, config.max_batch_size):
+        logits = _ask_torch(network, images)["logits"]
+        agreeing += int((logits.argmax(axis=1) == _ask_onnx(sessions["on"], images)["logits"].argmax(axis=1)).sum())
+    agreement = agreeing / len(dataset)
+    passed = agreement == 1.0 and all(case.max_abs <= case.tolerance for case in cases)
+    return Parity(passed, cases, agreement, len(dataset), sha256)
+
+
+def describe_failure(parity: Parity) -> str:
+    """What a person needs to know of a red comparison."""
+    worst = max(parity.cases, key=lambda case: case.max_abs if case.max_abs == case.max_abs else float("inf"))
+    return (
+        f"the ONNX model does not give the trained network's answers: largest difference {worst.max_abs:.2e} "
+        f"(batch {worst.batch}, optimization {worst.optimization}; tolerance {worst.tolerance:.0e}), "
+        f"top-1 agreement {parity.top1_agreement:.4f} on {parity.num_samples} images"
+    )
+
+
+def _open_session(content: bytes, level: onnxruntime.GraphOptimizationLevel) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _compare_batch(
+    network: nn.Module, sessions: dict[str, onnxruntime.InferenceSession], images: torch.Tensor, tolerance: float
+) -> Iterator[ParityCase]:
+    wanted = _ask_torch(network, images)
+    for name, session in sessions.items():
+        for run in (1, 2):
+            found = _ask_onnx(session, images)
+            difference = max(_max_abs(found[output], wanted[output]) for output in OUTPUTS)
+            yield ParityCase(len(images), name, run, difference, tolerance)
+
+
+def _max_abs(found: Array, wanted: Array) -> float:
+    if found.shape != wanted.shape or not np.isfinite(found).all():
+        return float("inf")
+    return float(np.abs(found - wanted).max())
+
+
+def _ask_torch(network: nn.Module, images: torch.Tensor) -> dict[str, Array]:
+    with torch.no_grad():
+        logits = network(images)  # (N, K)
+    return {"logits": logits.numpy(), "probabilities": probabilities(logits).numpy()}
+
+
+def _ask_onnx(session: onnxruntime.InferenceSession, images: torch.Tensor) -> dict[str, Array]:
+    answers = session.run(list(OUTPUTS), {"image": images.numpy()})
+    return {name: np.asarray(answer) for name, answer in zip(OUTPUTS, answers, strict=True)}
+
+
+def _batches(dataset: ShardDataset, size: int) -> Iterator[torch.Tensor]:
+    for first in range(0, len(dataset), size):
+        yield torch.stack([dataset.image(index) for index in range(first, min(first + size, len(dataset)))])
+
+
+def _repeat_to(dataset: ShardDataset, size: int) -> torch.Tensor:
+    """The first `size` images (N, 3, H, W), from the start again where the split has fewer."""
+    return torch.stack([dataset.image(index % len(dataset)) for index in range(size)])

@@ -1,0 +1,1 @@
+"""Karpathy's recipe as a gate: one file a check, each with a verdict and the numbers behind it."""

@@ -1,0 +1,85 @@
+"""`shardline check`: every check in turn, its verdict in RUN/check/verdicts.json, and a picture of what the network is fed."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from pipeline.config import Config
+from pipeline.console import say
+from pipeline.data.dataset import Batch
+from pipeline.errors import ConfigError, GateError, nearest
+from pipeline.files import write_bytes, write_json
+from pipeline.manifest import DatasetManifest
+from pipeline.preprocess import PreprocessSpec
+from pipeline.recipe.init_loss import check_init_loss
+from pipeline.recipe.overfit import check_overfit
+from pipeline.recipe.seed import check_seed
+from pipeline.recipe.verdict import Subject, Verdict
+
+CHECKS = {"seed": check_seed, "init_loss": check_init_loss, "overfit": check_overfit}
+VERDICTS = Path("check/verdicts.json")
+PICTURE = Path("check/first_batch.png")
+TILES = 32
+TILES_IN_ROW = 8
+TILE_PIXELS = 96
+CAPTION_PIXELS = 16
+
+
+def require_known_checks(skip: list[str]) -> None:
+    """Refuse a name in `check.skip` that is no check. Raises ConfigError."""
+    for name in skip:
+        if name not in CHECKS:
+            suggestion = nearest(name, CHECKS) or f" Known: {', '.join(CHECKS)}."
+            raise ConfigError(f"`check.skip` names '{name}', which is no check.{suggestion}")
+
+
+def run_checks(config: Config, manifest: DatasetManifest, spec: PreprocessSpec) -> list[Verdict]:
+    """Run every check that is not skipped, print and save its verdict. The seed of torch's generator is changed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject = Subject(config, manifest, spec, device)
+    picture = draw_batch(subject.first_batch(augmented=True, size=TILES), manifest.class_names)
+    write_bytes(config.run_dir / PICTURE, picture)
+    verdicts = []
+    for name, check in CHECKS.items():
+        if name in config.check.skip:
+            verdict = Verdict(name, "skipped", None, "", "named in check.skip")
+        else:
+            verdict = check(subject)
+        say(f"{verdict.verdict:<8} {verdict.check:<10} {verdict.why}")
+        verdicts.append(verdict)
+    write_json(config.run_dir / VERDICTS, [dataclasses.asdict(verdict) for verdict in verdicts])
+    return verdicts
+
+
+def require_green(verdicts: list[Verdict]) -> None:
+    """Pass when no check is red. Raises GateError with the reasons."""
+    red = [verdict for verdict in verdicts if verdict.verdict == "red"]
+    if red:
+        reasons = "; ".join(f"{verdict.check}: {verdict.why}" for verdict in red)
+        skip = ",".join(verdict.check for verdict in red)
+        raise GateError(f"{reasons}. Mend it, or go on regardless with --check.skip=[{skip}].")
+
+
+def draw_batch(batch: Batch, class_names: list[str]) -> bytes:
+    """A PNG of the images exactly as the network gets them, each over its class name."""
+    images = batch["image"].cpu().permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
+    num_rows = -(-len(images) // TILES_IN_ROW)
+    cell_height = TILE_PIXELS + CAPTION_PIXELS
+    sheet = Image.new("RGB", (TILES_IN_ROW * (TILE_PIXELS + 4), num_rows * (cell_height + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (pixels, label) in enumerate(zip(images, batch["label"].tolist(), strict=True)):
+        left = (number % TILES_IN_ROW) * (TILE_PIXELS + 4) + 2
+        top = (number // TILES_IN_ROW) * (cell_height + 4) + 2
+        tile = Image.fromarray(pixels)
+        factor = TILE_PIXELS / max(tile.size)
+        size = (max(1, round(tile.width * factor)), max(1, round(tile.height * factor)))
+        # Small images are enlarged without smoothing: a person should see the pixels that the network sees.
+        tile = tile.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BILINEAR)
+        sheet.paste(tile, (left, top))
+        draw.text((left + 2, top + TILE_PIXELS + 1), class_names[label][:14], fill="black")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()

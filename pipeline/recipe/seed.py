@@ -1,0 +1,40 @@
+"""Does one seed give one training? Without that, no two runs can be compared and no resume can be trusted."""
+
+import hashlib
+
+import torch
+
+from pipeline.recipe.verdict import Subject, Verdict
+from pipeline.task import sample_losses
+
+NUM_STEPS = 3
+
+
+def check_seed(subject: Subject) -> Verdict:
+    """Train a few steps twice with the run's seed and once with another: the first two must be equal bit for bit."""
+    seed = subject.config.seed
+    first, second, other = (_weights_after(subject, number) for number in (seed, seed, seed + 1))
+    expected = "equal weights for equal seeds, others for another seed"
+    if first != second:
+        why = f"two trainings of {NUM_STEPS} steps with seed {seed} ended with different weights; something is not seeded"
+        return Verdict("seed", "red", f"{first[:12]} != {second[:12]}", expected, why)
+    if first == other:
+        why = f"seeds {seed} and {seed + 1} ended with the same weights; the seed is not used"
+        return Verdict("seed", "red", first[:12], expected, why)
+    return Verdict("seed", "green", first[:12], expected, f"{NUM_STEPS} steps with seed {seed} give the same weights twice")
+
+
+def _weights_after(subject: Subject, seed: int) -> str:
+    """Sha256 of the weights after a few plain SGD steps on the first batch, augmented, with dropout."""
+    network = subject.build_network(seed)
+    batch = subject.first_batch(augmented=True)
+    for _ in range(NUM_STEPS):
+        loss = sample_losses(network(batch["image"]), batch["label"]).mean()
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+                parameter -= 0.01 * gradient
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()

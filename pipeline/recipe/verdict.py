@@ -1,0 +1,69 @@
+"""What a check looks at, and what it answers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.data.augment import build_augmentation
+from pipeline.data.dataset import Batch, ShardDataset
+from pipeline.data.order import GlobalBatchSampler
+from pipeline.manifest import DatasetManifest
+from pipeline.models.sequential import build_network
+from pipeline.preprocess import PreprocessSpec
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of one check; `why` is what a person reads."""
+
+    check: str
+    verdict: Literal["green", "red", "skipped"]
+    value: float | str | None
+    expected: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The run under examination: its configuration, data and preprocessing, on one device."""
+
+    config: Config
+    manifest: DatasetManifest
+    spec: PreprocessSpec
+    device: torch.device
+
+    def build_network(self, seed: int) -> nn.Sequential:
+        """A fresh network of this seed, in training mode."""
+        torch.manual_seed(seed)
+        return build_network(self.config.model, len(self.manifest.class_names), self.spec).to(self.device)
+
+    def dataset(self, *, augmented: bool) -> ShardDataset:
+        """The training split, with or without the run's augmentation."""
+        assert self.spec.fixed_size is not None
+        augmentation = build_augmentation(self.config.data.augment, self.spec.fixed_size) if augmented else None
+        return ShardDataset(self.manifest, "train", self.spec, augmentation, self.config.seed)
+
+    def first_batch(self, *, augmented: bool, size: int | None = None) -> Batch:
+        """The first samples of epoch 0 in training order, as many as a global batch or `size` if that is fewer."""
+        dataset = self.dataset(augmented=augmented)
+        batches = GlobalBatchSampler(
+            dataset.shard_sizes,
+            self.config.data.global_batch_size,
+            seed=self.config.seed,
+            rank=0,
+            world_size=1,
+            window=self.config.data.shuffle_shards,
+            shuffle=True,
+            drop_last=False,
+        )
+        samples = [sample for sample in next(iter(batches)) if sample.weight > 0][:size]
+        batch = dataset.__getitems__(samples)
+        return Batch(
+            image=batch["image"].to(self.device),
+            label=batch["label"].to(self.device),
+            weight=batch["weight"].to(self.device),
+            index=batch["index"],
+        )

@@ -1,0 +1,1 @@
+"""The serving stage: answers from an ONNX file alone, without torch."""

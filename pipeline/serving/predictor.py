@@ -1,0 +1,117 @@
+"""Labels for images from an ONNX file alone: it carries its class names and preprocessing in its metadata.
+
+onnxruntime, numpy and Pillow are all that is needed; nothing here may import torch.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import DataError, ModelError
+from pipeline.files import sha256_of
+from pipeline.manifest import FORMAT_VERSION
+from pipeline.preprocess import Pixels, PreprocessSpec, decode_image, spec_from_dict
+
+PREFIX = "shardline."
+Probabilities = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable class of an image."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Predictor:
+    """A loaded model. Raises ModelError when the file is not a Shardline model."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime  # 0.3 s that no --help should pay
+
+        if not path.is_file():
+            raise ModelError(f"{path}: no such model file. `shardline export` makes one.")
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
+        except Exception as error:  # onnxruntime has no common base for its errors
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"{path}: cannot be loaded as an ONNX model ({reason}).") from error
+        self.path = path
+        self.metadata = self._read_metadata()
+        self.class_names: list[str] = self.metadata["class_names"]
+        self.spec: PreprocessSpec = spec_from_dict(self.metadata["preprocess"])
+
+    def _read_metadata(self) -> dict[str, Any]:
+        found = self.session.get_modelmeta().custom_metadata_map
+        try:
+            version = int(found[f"{PREFIX}format_version"])
+            values: dict[str, Any] = {
+                key.removeprefix(PREFIX): value for key, value in found.items() if key.startswith(PREFIX)
+            }
+            for name in ("class_names", "preprocess", "versions"):
+                values[name] = json.loads(values[name])
+        except (KeyError, ValueError) as error:
+            raise ModelError(f"{self.path}: is not a Shardline model: its metadata lacks {error}.") from error
+        if version > FORMAT_VERSION:
+            raise ModelError(
+                f"{self.path}: format_version {version} is newer than {FORMAT_VERSION}, which this Shardline reads. "
+                "Upgrade it."
+            )
+        return values
+
+    def probabilities(self, images: list[Pixels]) -> Probabilities:
+        """Class probabilities, (N, K), of preprocessed images, each uint8 (H, W, 3)."""
+        batch = np.stack(images).transpose(0, 3, 1, 2)  # (N, 3, H, W)
+        (probabilities,) = self.session.run(["probabilities"], {"image": np.ascontiguousarray(batch)})
+        return np.asarray(probabilities, dtype=np.float32)
+
+    def predict(self, path: Path) -> Prediction:
+        """Classify one image file. Raises DataError when it is missing or cannot be decoded."""
+        try:
+            pixels = decode_image(path.read_bytes(), self.spec)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such image.") from error
+        except IsADirectoryError as error:
+            raise DataError(f"{path}: is a folder; name image files.") from error
+        except DataError as error:
+            raise DataError(f"{path}: cannot be decoded ({error}).") from error
+        row = self.probabilities([pixels])[0]  # (K,)
+        best = int(row.argmax())
+        by_class = {name: float(value) for name, value in zip(self.class_names, row, strict=True)}
+        return Prediction(self.class_names[best], float(row[best]), by_class)
+
+
+def verify_model(path: Path) -> dict[str, str]:
+    """Load a model, compare it with the parity report beside it, and let it answer once. Raises ModelError.
+
+    Returns facts for people: classes, input, the training it came from.
+    """
+    predictor = Predictor(path)
+    spec, metadata = predictor.spec, predictor.metadata
+    if spec.hash() != metadata.get("preprocess_hash"):
+        raise ModelError(f"{path}: its preprocessing was changed after export: the hash differs. Export it again.")
+    proof = "no parity.json beside it"
+    parity_path = path.with_name("parity.json")
+    if parity_path.is_file():
+        parity = json.loads(parity_path.read_text())
+        if parity["sha256"] != sha256_of(path):
+            raise ModelError(f"{path}: is not the file that {parity_path} proved: its sha256 differs. Export it again.")
+        proof = f"top-1 agreement {parity['top1_agreement']:.4f} on {parity['num_samples']:,} images"
+    assert spec.fixed_size is not None
+    empty = np.zeros((*spec.fixed_size, 3), dtype=np.uint8)
+    answer = predictor.probabilities([empty, empty])  # (2, K)
+    if answer.shape != (2, len(predictor.class_names)) or not np.allclose(answer.sum(axis=1), 1.0, rtol=0, atol=1e-3):
+        raise ModelError(f"{path}: does not answer with one probability for each of its classes.")
+    return {
+        "classes": f"{len(predictor.class_names)}: {', '.join(predictor.class_names[:10])}",
+        "input": f"{spec.fixed_size[0]} x {spec.fixed_size[1]} RGB",
+        "proof": proof,
+        "data set": str(metadata.get("data_digest", ""))[:12],
+        "job": str(metadata.get("job_id", "")),
+    }
