@@ -254,9 +254,10 @@ def export(argv: list[str]) -> int:
         parity = export_model(config, manifest, spec, record)
     model_path = config.run_dir / MODEL
     worst = max(case.max_abs for case in parity.cases)
+    agreement = f"top-1 agreement {parity.top1_agreement:.4f} on {parity.num_samples:,} images"
     facts = {
         "model": f"{model_path}  {model_path.stat().st_size / 1e6:.2f} MB, opset {config.export.opset}",
-        "parity": f"top-1 agreement {parity.top1_agreement:.4f} on {parity.num_samples:,} images, largest difference {worst:.1e}",
+        "parity": f"{agreement}, largest difference {worst:.0e}",
     }
     closing_box("model published", facts, f"shardline predict {model_path} IMAGE...")
     return 0
@@ -307,7 +308,10 @@ def predict(argv: list[str]) -> int:
             mistakes.append(str(error))
             rows.append({"image": image, "error": str(error)})
         else:
-            rows.append({"image": image, "label": answer.label, "probability": answer.probability} | {"probabilities": answer.probabilities})
+            rows.append(
+                {"image": image, "label": answer.label, "probability": answer.probability}
+                | {"probabilities": answer.probabilities}
+            )
     _show_predictions(rows, options)
     if mistakes:
         more = f" ({len(mistakes) - 1} more images cannot be classified either.)" if len(mistakes) > 1 else ""

@@ -73,9 +73,7 @@ class DataConfig:
     drop_last: bool = setting(True, "drop an epoch's tail; false pads it with masked samples")
     shuffle_shards: int = setting(8, "samples are shuffled within windows of this many shuffled shards")
     num_workers: int = setting(0, "loader processes of each rank", identity=False)
-    start_method: Literal["fork", "forkserver", "spawn"] = setting(
-        "forkserver", "how loader processes start", identity=False
-    )
+    start_method: Literal["fork", "forkserver", "spawn"] = setting("forkserver", "how loader processes start", identity=False)
     pin_memory: bool | None = setting(None, "page-locked batches; null: where a GPU is used", identity=False)
     persistent_workers: bool = setting(True, "keep loader processes between epochs", identity=False)
     prefetch_factor: int = setting(2, "batches each loader process reads ahead", identity=False)
@@ -226,9 +224,7 @@ def find_config(path: str) -> Path:
     bundled = bundled_configs()
     named = bundled.get(Path(path).stem) if path in (Path(path).stem, f"configs/{Path(path).name}") else None
     if named is None:
-        raise ConfigError(
-            f"{path}: no such configuration file.{nearest(path, bundled)} Bundled ones: {', '.join(bundled)}."
-        )
+        raise ConfigError(f"{path}: no such configuration file.{nearest(path, bundled)} Bundled ones: {', '.join(bundled)}.")
     return named
 
 
@@ -268,11 +264,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def add_settings(parser: "ArgumentParser") -> None:
     """Give `parser` the option --config and one option for every setting of a run."""
-    parser.add_argument(
-        "--config", default="configs/digits.yaml", help="YAML file, or the name of a bundled configuration"
-    )
+    parser.add_argument("--config", default="configs/digits.yaml", help="YAML file, or the name of a bundled configuration")
     for key, kind, item in settings_of(Config):
-        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
         parser.add_argument(f"--{key}", type=kind, default=default, help=item.metadata["help"])
 
 
@@ -289,14 +285,14 @@ def parse_config(parser: "ArgumentParser", argv: list[str]) -> tuple[Config, "Na
     merged = parse_arguments(parser, argv, in_file)
     config = typing.cast(Config, _build(Config, merged))
     _require_sane(config)
-    rest = Namespace(**{key: value for key, value in merged.items() if "." not in key and not hasattr(config, key)})
+    rest = Namespace(**{key: value for key, value in merged.items() if "." not in key and not hasattr(config, key)})  # type: ignore[no-untyped-call]
     return config, rest
 
 
 def parse_object(parser: "ArgumentParser", values: dict[str, Any], where: str) -> "Namespace":
     """Check the values of a configuration file against their types."""
     try:
-        return parser.parse_object(values, defaults=True)
+        return typing.cast("Namespace", parser.parse_object(values, defaults=True))
     except Exception as error:
         raise ConfigError(f"{where}: {one_line(error)}") from error
 
@@ -336,7 +332,7 @@ def _build(section: type, values: Any) -> Any:
     for item in dataclasses.fields(section):
         value = values[item.name]
         nested = types[item.name]
-        arguments[item.name] = _build(nested, value) if dataclasses.is_dataclass(nested) else value
+        arguments[item.name] = _build(typing.cast(type, nested), value) if dataclasses.is_dataclass(nested) else value
     return section(**arguments)
 
 

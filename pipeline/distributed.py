@@ -45,7 +45,7 @@ def is_rank() -> bool:
 
 
 def rank() -> int:
-    """This process's number among all ranks; 0 outside of them."""
+    """Number of this process among all ranks; 0 outside of them."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -130,7 +130,7 @@ def launch(arguments: list[str], run_dir: Path, processes: int) -> int:
     child = subprocess.Popen(command, env=_environment(exit_dir, processes), start_new_session=True)
     received: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         if len(received) == 1:  # torchrun's own clean-up does not stand a second one
             child.send_signal(number)

@@ -56,7 +56,7 @@ def temporary_name(path: Path) -> Path:
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished file its final name, durably."""
     fsync_file(temporary)
-    os.replace(temporary, final)
+    temporary.replace(final)
     fsync_folder(final.parent)
 
 

@@ -118,7 +118,8 @@ class RunRecord:
 def open_run(config: Config, manifest: DatasetManifest, *, fresh: bool = False) -> tuple[RunRecord, PreprocessSpec]:
     """Return the record of this configuration's run on this data, and its preprocessing.
 
-    An existing run of another configuration or data set, or any when `fresh`, is moved aside first. The caller holds RUN's lock.
+    An existing run of another configuration or data set, or any when `fresh`, is moved aside first. The caller holds
+    RUN's lock.
     """
     spec = build_spec(config.preprocess, manifest.image_stats)
     wanted = (config.identity(), manifest.digest, spec.hash())
@@ -176,9 +177,7 @@ def git_state() -> dict[str, Any]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False
-        )
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -34,7 +34,8 @@ def build_augmentation(config: AugmentConfig, size: tuple[int, int]) -> Augmenta
         )
     if config.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
-    return v2.Compose(steps)
+    augmentation: Augmentation = v2.Compose(steps)
+    return augmentation
 
 
 def augment(image: torch.Tensor, augmentation: Augmentation, seed: int, epoch: int, index: int) -> torch.Tensor:

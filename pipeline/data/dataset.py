@@ -67,7 +67,7 @@ class ShardReader:
         return descriptor
 
 
-class ShardDataset(Dataset[tuple[torch.Tensor, int]]):
+class ShardDataset(Dataset[Any]):
     """The samples of one split, in the order of its shards.
 
     `dataset[i]` is (image uint8 (3, H, W), label); a loader asks for whole batches by `__getitems__`.
@@ -122,9 +122,9 @@ class ShardDataset(Dataset[tuple[torch.Tensor, int]]):
         return self.image(index), int(self.rows[index]["label"])
 
     def __getitems__(self, refs: list[SampleRef]) -> Batch:
-        indices = np.array([ref.index for ref in refs])
+        indices = np.array([ref.sample_index for ref in refs])
         return {
-            "image": torch.stack([self.image(ref.index, ref.epoch) for ref in refs]),
+            "image": torch.stack([self.image(ref.sample_index, ref.epoch) for ref in refs]),
             "label": torch.from_numpy(self.rows["label"][indices].astype(np.int64)),
             "weight": torch.tensor([ref.weight for ref in refs], dtype=torch.float32),
             "index": torch.from_numpy(indices),

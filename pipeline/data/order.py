@@ -20,7 +20,7 @@ Positions = npt.NDArray[np.int64]
 class SampleRef(NamedTuple):
     """What a sampler sends to a loader process. It carries the epoch, so that no persistent worker holds a stale one."""
 
-    index: int
+    sample_index: int
     epoch: int
     weight: float  # 0 for a row that only pads the batch
 
@@ -65,8 +65,8 @@ def local_batch_size(global_batch_size: int, world_size: int) -> int:
 class GlobalBatchSampler(Sampler[list[SampleRef]]):
     """Yields this rank's slice of every global batch of an epoch, from global batch `start` on.
 
-    Global batch k is order[k*G : (k+1)*G]. Without `drop_last` the last one is padded to G with samples of weight 0, and its real
-    samples weigh G / (number of them), so that the mean over G is the mean over the real ones.
+    Global batch k is order[k*G : (k+1)*G]. Without `drop_last` the last one is padded to G with samples of weight 0, and its
+    real samples weigh G / (number of them), so that the mean over G is the mean over the real ones.
     """
 
     def __init__(

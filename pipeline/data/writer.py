@@ -7,7 +7,6 @@ leaves anything half-written under a final name.
 import hashlib
 import io
 import math
-import os
 import re
 import shutil
 import tarfile
@@ -85,8 +84,8 @@ def preparation_of(config: DatasetConfig, kind: str) -> dict[str, object]:
 def prepare_dataset(config: DatasetConfig, folder: Path, *, fresh: bool = False) -> tuple[DatasetManifest, bool]:
     """Return the data set of this configuration in `folder`, and whether it had to be written.
 
-    One that was made otherwise, or any when `fresh`, is moved aside. Raises DataError for a damaged one, and when something else
-    than a data set lies there. The caller holds the folder's lock.
+    One that was made otherwise, or any when `fresh`, is moved aside. Raises DataError for a damaged one, and when something
+    else than a data set lies there. The caller holds the folder's lock.
     """
     source = open_source(config.source)
     if (folder / MANIFEST_NAME).is_file():
@@ -162,7 +161,7 @@ def write_dataset(source: ImageSource, config: DatasetConfig, folder: Path) -> D
             folder=folder,
         )
         for path in sorted(partial.iterdir()):
-            os.replace(path, folder / path.name)
+            path.replace(folder / path.name)
         fsync_folder(folder)
         return manifest.save()
     finally:
@@ -189,7 +188,8 @@ class SplitWriter:
     def write(self, splits: dict[str, list[LabelledImage]], num_classes: int) -> Iterator[LabelledImage]:
         """Write every split, yielding each image once it is packed."""
         for split, images in splits.items():
-            shards, rows = [], []
+            shards: list[ShardEntry] = []
+            rows: list[tuple[int, int, int, int]] = []
             for first in range(0, len(images), self.config.samples_per_shard):
                 path = self.folder / f"{split}-{len(shards):06d}.tar"
                 yield from self._write_shard(path, split, images[first : first + self.config.samples_per_shard], first)

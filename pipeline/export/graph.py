@@ -1,7 +1,7 @@
 """From a trained network to an ONNX model: input `image` uint8 (batch, 3, H, W), outputs `logits` and `probabilities`.
 
-A module left in training mode exports its dropout, and onnxruntime's optimiser hides that from a parity test; so evaluation mode
-is forced here, and the finished graph is linted for it.
+A module left in training mode exports its dropout, and onnxruntime's optimiser hides that from a parity test; so
+evaluation mode is forced here, and the finished graph is linted for it.
 """
 
 import json

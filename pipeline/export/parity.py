@@ -1,7 +1,7 @@
 """Does the ONNX file give the trained network's answers on real images? Asked before anybody can use it.
 
-onnxruntime's optimiser removes a dropout that was left in training mode, so a comparison with optimisation on alone proves nothing:
-both settings are asked, and each twice, because noise differs between two runs.
+onnxruntime's optimiser removes a dropout that was left in training mode, so a comparison with optimisation on alone proves
+nothing: both settings are asked, and each twice, because noise differs between two runs.
 """
 
 from collections.abc import Iterator
@@ -47,9 +47,7 @@ class Parity:
     sha256: str
 
 
-def compare(
-    network: nn.Module, content: bytes, sha256: str, dataset: ShardDataset, config: ExportConfig
-) -> Parity:
+def compare(network: nn.Module, content: bytes, sha256: str, dataset: ShardDataset, config: ExportConfig) -> Parity:
     """Ask the torch network and the serialized ONNX model `content` for the same images of `dataset`."""
     network = network.cpu().eval()
     sessions = {name: _open_session(content, level) for name, level in OPTIMIZATIONS.items()}

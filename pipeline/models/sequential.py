@@ -46,9 +46,7 @@ def build_network(config: ModelConfig, num_classes: int, spec: PreprocessSpec) -
         nn.Dropout(config.dropout),
         nn.Linear(in_channels, num_classes),
     )
-    network = nn.Sequential(
-        OrderedDict(normalize=Normalize(spec), features=nn.Sequential(*features), classifier=classifier)
-    )
+    network = nn.Sequential(OrderedDict(normalize=Normalize(spec), features=nn.Sequential(*features), classifier=classifier))
     initialise(network)
     return network
 

@@ -44,10 +44,8 @@ def run_checks(config: Config, manifest: DatasetManifest, spec: PreprocessSpec) 
     write_bytes(config.run_dir / PICTURE, picture)
     verdicts = []
     for name, check in CHECKS.items():
-        if name in config.check.skip:
-            verdict = Verdict(name, "skipped", None, "", "named in check.skip")
-        else:
-            verdict = check(subject)
+        skipped = Verdict(name, "skipped", None, "", "named in check.skip")
+        verdict = skipped if name in config.check.skip else check(subject)
         say(f"{verdict.verdict:<8} {verdict.check:<10} {verdict.why}")
         verdicts.append(verdict)
     write_json(config.run_dir / VERDICTS, [dataclasses.asdict(verdict) for verdict in verdicts])

@@ -26,11 +26,11 @@ def check_overfit(subject: Subject) -> Verdict:
     for step in range(MAX_STEPS):
         logits = network(batch["image"])  # (N, K)
         mean_loss = sample_losses(logits, batch["label"]).mean()
-        loss, correct = float(mean_loss), int((logits.argmax(dim=1) == batch["label"]).sum())
+        loss, correct = float(mean_loss.detach()), int((logits.argmax(dim=1) == batch["label"]).sum())
         if loss < LOSS_GOAL and correct == number:
             return Verdict("overfit", "green", loss, expected, f"{number} images learned by heart in {step} steps")
         optimizer.zero_grad()
-        mean_loss.backward()
+        torch.autograd.backward(mean_loss)
         optimizer.step()
     why = (
         f"after {MAX_STEPS} steps on the same {number} images the loss is {loss:.4f} and {correct} labels are right; "

@@ -8,6 +8,7 @@ from pipeline.recipe.verdict import Subject, Verdict
 from pipeline.task import sample_losses
 
 NUM_STEPS = 3
+LEARNING_RATE = 0.01
 
 
 def check_seed(subject: Subject) -> Verdict:
@@ -33,7 +34,7 @@ def _weights_after(subject: Subject, seed: int) -> str:
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(network.parameters(), gradients, strict=True):
-                parameter -= 0.01 * gradient
+                parameter.sub_(gradient, alpha=LEARNING_RATE)
     digest = hashlib.sha256()
     for tensor in network.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())

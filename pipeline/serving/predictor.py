@@ -51,17 +51,14 @@ class Predictor:
         found = self.session.get_modelmeta().custom_metadata_map
         try:
             version = int(found[f"{PREFIX}format_version"])
-            values: dict[str, Any] = {
-                key.removeprefix(PREFIX): value for key, value in found.items() if key.startswith(PREFIX)
-            }
+            values: dict[str, Any] = {key.removeprefix(PREFIX): value for key, value in found.items() if key.startswith(PREFIX)}
             for name in ("class_names", "preprocess", "versions"):
                 values[name] = json.loads(values[name])
         except (KeyError, ValueError) as error:
             raise ModelError(f"{self.path}: is not a Shardline model: its metadata lacks {error}.") from error
         if version > FORMAT_VERSION:
             raise ModelError(
-                f"{self.path}: format_version {version} is newer than {FORMAT_VERSION}, which this Shardline reads. "
-                "Upgrade it."
+                f"{self.path}: format_version {version} is newer than {FORMAT_VERSION}, which this Shardline reads. Upgrade it."
             )
         return values
 

@@ -6,6 +6,7 @@ simply not written again.
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,8 @@ class RunTracker:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Write the metrics of a global step, unless an earlier try of the job has written them."""
         from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
 
-        now = get_current_time_millis()
+        now = int(time.time() * 1000)
         points = [Metric(key, value, now, step) for key, value in metrics.items() if step > self._written_until(key)]
         if points:
             self.client.log_batch(self.run_id, metrics=points)

@@ -16,8 +16,8 @@ from pipeline.training.classifier import Classifier
 class WarmUpBuckets(L.Callback):
     """Makes a restarted process add gradients in the order of an undisturbed one.
 
-    DDP rebuilds its gradient buckets after the first backward pass, so the first step of a process sums in another order than all
-    later ones; with three or more ranks the last bits differ. One backward pass of zeros takes that first place.
+    DDP rebuilds its gradient buckets after the first backward pass, so the first step of a process sums in another order than
+    all later ones; with three or more ranks the last bits differ. One backward pass of zeros takes that first place.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:

@@ -39,9 +39,7 @@ def evaluate(config: Config) -> None:
         _save(config, manifest, record, module.metrics, module.predictions[0])
 
 
-def _save(
-    config: Config, manifest: DatasetManifest, record: RunRecord, metrics: Metrics, predictions: torch.Tensor
-) -> None:
+def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics: Metrics, predictions: torch.Tensor) -> None:
     assert record.best is not None
     split = manifest.evaluation_split
     result = {

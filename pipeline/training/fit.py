@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from pipeline import distributed
@@ -37,7 +36,8 @@ def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -
 
     Everything that differs by accelerator is decided here or by Lightning.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     local = distributed.local_world_size()
     return L.Trainer(

@@ -1,0 +1,90 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup data check train evaluate export ui lint format test package clean
+
+CONFIG ?= configs/digits.yaml
+ARGS ?=
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
+VENV ?= .venv
+# Where to take torch from instead of the lock file, for example https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+UI_PORT ?= 5000
+
+READY := $(VENV)/.ready
+SHARDLINE := $(VENV)/bin/shardline
+SETTINGS := --config $(CONFIG) $(ARGS)
+CUDA_PACKAGES := torch|torchvision|triton|cuda-.*|nvidia-.*
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  CONFIG=FILE          the run's configuration (now $(CONFIG))"
+	@echo "  ARGS='--key value'   settings that differ from it, for example ARGS='--trainer.max_epochs 5'"
+	@echo "  PROCS=N              training processes (default: one a GPU, 2 on a CPU)"
+
+setup: $(READY) ## build the environment in .venv; every other target does so when it is needed
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python found; install Python 3.11 or newer with its venv module" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $$($(PYTHON) --version) is too old; name Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+	@echo "setting up $(VENV) (once; torch is a large download)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@install() { $(VENV)/bin/pip install --disable-pip-version-check --no-input --quiet "$$@" >> $(VENV)/setup.log 2>&1 || \
+			{ tail -n 15 $(VENV)/setup.log >&2; echo "error: set-up failed; all of it is in $(VENV)/setup.log" >&2; exit 2; }; }; \
+	: > $(VENV)/setup.log; \
+	if [ -z "$(TORCH_INDEX)" ]; then \
+		install --no-deps --require-hashes -r requirements.lock; \
+	else \
+		awk '/^[a-z]/ { skip = $$0 ~ /^($(CUDA_PACKAGES))==/ } !skip' requirements.lock > $(VENV)/without-torch.lock; \
+		install --no-deps --require-hashes -r $(VENV)/without-torch.lock; \
+		install --no-deps --index-url $(TORCH_INDEX) $$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.lock); \
+	fi; \
+	install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+data: $(READY) ## raw images -> shards in data/NAME
+	$(SHARDLINE) shard $(SETTINGS)
+
+check: data ## shards -> verdicts on data, seed, network
+	$(SHARDLINE) check $(SETTINGS)
+
+train: check ## everything from nothing to a validated ONNX file in runs/NAME/export
+	$(SHARDLINE) train $(SETTINGS)
+	$(SHARDLINE) evaluate $(SETTINGS)
+	$(SHARDLINE) export $(SETTINGS)
+
+evaluate: $(READY) ## best checkpoint -> accuracy on the test split
+	$(SHARDLINE) evaluate $(SETTINGS)
+
+export: $(READY) ## best checkpoint -> validated ONNX
+	$(SHARDLINE) export $(SETTINGS)
+
+ui: $(READY) ## look at the runs in a browser
+	@echo "http://127.0.0.1:$(UI_PORT)/#/experiments?workflowType=machine_learning"
+	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server \
+		--backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --artifacts-destination $(CURDIR)/runs/mlartifacts \
+		--host 127.0.0.1 --port $(UI_PORT) --workers 1
+
+lint: $(READY) ## ruff, mypy --strict, import order
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+
+format: $(READY) ## let ruff rewrite what it can
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+test: $(READY) ## every test
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+
+package: $(READY) ## the wheel, in dist/
+	@$(VENV)/bin/pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## remove caches and builds; never runs, data or .venv
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	find pipeline tests -name __pycache__ -type d -exec rm -rf {} +
