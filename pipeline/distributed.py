@@ -9,9 +9,11 @@ import ctypes
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -80,6 +82,24 @@ def die_with_parent() -> None:
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is not None and os.getppid() != int(launcher):
         os._exit(1)  # it had ended before the line above
+
+
+def die_with(pid: int) -> None:
+    """End this process as soon as process `pid` has ended, whoever started this one.
+
+    A loader process of a forkserver has that server as its parent, and the server lives as long as its children: after a kill
+    -9 of their rank all of them would stay for ever.
+    """
+    try:
+        ended = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def wait() -> None:
+        select.select([ended], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, name=f"die with {pid}", daemon=True).start()
 
 
 # ---- inside a rank ----

@@ -4,6 +4,8 @@ The loader's state is (epoch, global batches delivered). Lightning saves rank 0'
 prefetch queue may be in it.
 """
 
+import functools
+import os
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from pipeline import distributed
 from pipeline.config import DataConfig
 from pipeline.data.augment import build_augmentation
 from pipeline.data.dataset import Batch, ShardDataset
@@ -18,6 +21,11 @@ from pipeline.data.order import GlobalBatchSampler
 from pipeline.errors import RunError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
+
+
+def start_worker(_worker_id: int, rank_pid: int) -> None:
+    """What a loader process does first."""
+    distributed.die_with(rank_pid)
 
 
 def deliver(batch: Any) -> Any:
@@ -110,6 +118,7 @@ class ShardDataModule(L.LightningDataModule):
                 "persistent_workers": config.persistent_workers,
                 "prefetch_factor": config.prefetch_factor,
                 "timeout": config.timeout_seconds,
+                "worker_init_fn": functools.partial(start_worker, rank_pid=os.getpid()),
             }
         pin_memory = torch.cuda.is_available() if config.pin_memory is None else config.pin_memory
         return ResumableLoader(dataset, batch_sampler=batches, collate_fn=deliver, pin_memory=pin_memory, **workers)

@@ -62,6 +62,12 @@ def local_batch_size(global_batch_size: int, world_size: int) -> int:
     return global_batch_size // world_size
 
 
+def steps_per_epoch(num_samples: int, global_batch_size: int, *, drop_last: bool) -> int:
+    """Global batches in an epoch: whole ones only, or also a last one that is padded."""
+    whole, rest = divmod(num_samples, global_batch_size)
+    return whole if drop_last or not rest else whole + 1
+
+
 class GlobalBatchSampler(Sampler[list[SampleRef]]):
     """Yields this rank's slice of every global batch of an epoch, from global batch `start` on.
 
@@ -96,8 +102,7 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
         return self
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.num_samples, self.global_batch_size)
-        return whole if self.drop_last or not rest else whole + 1
+        return steps_per_epoch(self.num_samples, self.global_batch_size, drop_last=self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration yields."""

@@ -15,10 +15,12 @@ from pipeline.training.optim import build_optimizer, build_scheduler
 
 
 class Classifier(L.LightningModule):
-    """Trains `network`, uint8 images (N, 3, H, W) to logits (N, K)."""
+    """Trains `network`, uint8 images (N, 3, H, W) to logits (N, K), for `total_steps` optimizer steps."""
 
-    def __init__(self, network: nn.Sequential, config: Config, num_classes: int) -> None:
+    def __init__(self, network: nn.Sequential, config: Config, num_classes: int, total_steps: int) -> None:
         super().__init__()
+        # Lightning's own estimate makes the loaders before a checkpoint is restored, and they would never learn their place.
+        self.total_steps = total_steps
         self.network = network
         self.config = config
         self.num_classes = num_classes
@@ -50,10 +52,9 @@ class Classifier(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The configured optimizer and scheduler, in Lightning's form."""
         optimizer = build_optimizer(self.network, self.config.optimizer)
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        if self.config.scheduler.interval == "epoch":
-            total_steps = self.config.trainer.max_epochs
-        scheduler = build_scheduler(optimizer, self.config.scheduler, total_steps, self.config.trainer.monitor)
+        per_step = self.config.scheduler.interval == "step"
+        length = self.total_steps if per_step else self.config.trainer.max_epochs
+        scheduler = build_scheduler(optimizer, self.config.scheduler, length, self.config.trainer.monitor)
         if isinstance(scheduler, ReduceLROnPlateau):
             self.plateau = scheduler
             if self.plateau_state is not None:

@@ -31,7 +31,7 @@ def evaluate(config: Config) -> None:
     record, spec = require_run(config, manifest)
     network = build_network(config.model, len(manifest.class_names), spec)
     network.load_state_dict(load_network_weights(record.best_checkpoint(), record))
-    module = Classifier(network, config, len(manifest.class_names))
+    module = Classifier(network, config, len(manifest.class_names), total_steps=0)
     trainer = build_trainer(config, callbacks=[])
     trainer.test(module, datamodule=ShardDataModule(manifest, spec, config.data, config.seed), verbose=False)
     if distributed.rank() == 0:

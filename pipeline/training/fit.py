@@ -13,6 +13,7 @@ from pipeline import distributed
 from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data.datamodule import ShardDataModule
+from pipeline.data.order import steps_per_epoch
 from pipeline.errors import RunError, StoppedError
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset
@@ -130,7 +131,10 @@ def _fit_rank(
     assert spec.fixed_size is not None
     L.seed_everything(config.seed, verbose=False)
     network = build_network(config.model, len(manifest.class_names), spec)
-    module = Classifier(network, config, len(manifest.class_names))
+    batches = steps_per_epoch(
+        manifest.split("train").num_samples, config.data.global_batch_size, drop_last=config.data.drop_last
+    )
+    module = Classifier(network, config, len(manifest.class_names), total_steps=batches * config.trainer.max_epochs)
     writer = CheckpointWriter(config, manifest, identity_of(record), config.run_dir)
     callbacks = [
         WarmUpBuckets(spec.fixed_size),

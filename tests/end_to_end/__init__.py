@@ -1,0 +1,1 @@
+"""Real images through every stage as a user would, by the command line."""

@@ -1,0 +1,101 @@
+"""kill -9 at any instant: the same command again gives the weights of a training that nobody disturbed."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from tests.end_to_end.processes import kill, launcher_of, processes_of, ranks_of, shardline, started, wait_until
+
+STEPS_PER_EPOCH = 22
+SETTINGS = [
+    "--data.global_batch_size=48",  # 1, 2 and 3 ranks share it
+    "--model.dropout=0.3",
+    "--data.augment.rotate_degrees=10",
+    "--trainer.max_epochs=3",
+    "--trainer.checkpoint_every_steps=5",
+]
+Victim = Literal["rank", "torchrun", "front door", "everything"]
+
+
+def weights_of(path: Path) -> str:
+    """Sha256 over every tensor of the network and of the optimizer."""
+    checkpoint = torch.load(path, weights_only=True)
+    digest = hashlib.sha256()
+    for name, tensor in checkpoint["state_dict"].items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    for state in checkpoint["optimizer_states"][0]["state"].values():
+        digest.update(state["momentum_buffer"].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train(workspace: Path, name: str, ranks: int, workers: int = 0) -> subprocess.CompletedProcess[str]:
+    return shardline(*arguments(name, workers), cwd=workspace, PROCS=str(ranks))
+
+
+def arguments(name: str, workers: int) -> list[str]:
+    return ["train", f"--name={name}", "--dataset.path=data/digits", f"--data.num_workers={workers}", *SETTINGS]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(workspace: Path) -> dict[int, str]:
+    """Weights of an undisturbed training, by number of ranks; filled as they are asked for."""
+    return {}
+
+
+def undisturbed_weights(workspace: Path, ranks: int, known: dict[int, str]) -> str:
+    if ranks not in known:
+        done = train(workspace, f"undisturbed-{ranks}", ranks)
+        assert done.returncode == 0, done.stderr
+        known[ranks] = weights_of(workspace / f"runs/undisturbed-{ranks}/checkpoints/last.ckpt")
+    return known[ranks]
+
+
+COVERING = [("rank", 2, 0), ("torchrun", 2, 2), ("everything", 1, 2), ("everything", 3, 0)]
+MATRIX = [
+    (victim, ranks, workers)
+    for victim in ("rank", "torchrun", "front door", "everything")
+    for ranks in (1, 2, 3)
+    for workers in (0, 2)
+    if (victim, ranks, workers) not in COVERING
+]
+
+
+@pytest.mark.parametrize(
+    ("victim", "ranks", "workers"), [*COVERING, *(pytest.param(*case, marks=pytest.mark.slow) for case in MATRIX)]
+)
+def test_a_killed_training_goes_on_to_the_same_weights(
+    workspace: Path, undisturbed: dict[int, str], victim: Victim, ranks: int, workers: int
+) -> None:
+    name = f"killed-{victim.replace(' ', '-')}-{ranks}-{workers}"
+    run_dir = workspace / "runs" / name
+    last = run_dir / "checkpoints/last.ckpt"
+    with started(*arguments(name, workers), cwd=workspace, log=workspace / f"{name}.log", PROCS=str(ranks)) as front_door:
+        wait_until(last.exists, "the first checkpoint")
+        kill(*pids_of(victim, run_dir, ranks, front_door.pid))
+        front_door.wait(timeout=60)
+        assert front_door.returncode != 0
+    wait_until(lambda: not processes_of(run_dir), "the last process to end", seconds=20)
+    saved = last.stat().st_mtime_ns
+    step = torch.load(last, weights_only=True)["shardline"]["global_step"]
+    assert step % STEPS_PER_EPOCH, "the kill was meant to fall into the middle of an epoch"
+
+    again = train(workspace, name, ranks, workers)
+
+    assert again.returncode == 0, again.stderr
+    assert f"going on after step {step}:" in again.stdout
+    assert last.stat().st_mtime_ns > saved
+    assert weights_of(last) == undisturbed_weights(workspace, ranks, undisturbed)
+
+
+def pids_of(victim: Victim, run_dir: Path, ranks: int, front_door: int) -> list[int]:
+    if victim == "rank":
+        return [ranks_of(run_dir)[ranks - 1]]
+    if victim == "torchrun":
+        return [launcher_of(run_dir)]
+    if victim == "front door":
+        return [front_door]
+    return [front_door, *processes_of(run_dir)]

@@ -1,0 +1,1 @@
+"""One module a module of the pipeline; tiny data, milliseconds, no network."""
