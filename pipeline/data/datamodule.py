@@ -18,7 +18,7 @@ from pipeline.config import DataConfig
 from pipeline.data.augment import build_augmentation
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.order import GlobalBatchSampler
-from pipeline.errors import RunError
+from pipeline.errors import RunError, ShardlineError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 
@@ -45,9 +45,12 @@ class ResumableLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.delivered = self.batches.start
-        for batch in super().__iter__():
-            self.delivered += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.delivered += 1
+                yield batch
+        except ShardlineError as error:
+            raise type(error)(_own_message(error)) from None
 
     def state_dict(self) -> dict[str, int]:
         """The cursor, and what must be the same for it to mean the same place."""
@@ -69,6 +72,11 @@ class ResumableLoader(DataLoader[Batch]):
         # A resumed epoch's iterator is made before Lightning calls set_epoch.
         self.batches.epoch, self.batches.start = epoch, batch
         self.delivered = batch
+
+
+def _own_message(error: ShardlineError) -> str:
+    """The message of an error without the traceback that torch writes before it when it comes from a loader process."""
+    return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
 
 
 class ShardDataModule(L.LightningDataModule):

@@ -22,7 +22,7 @@ import pipeline
 from pipeline.config import DatasetConfig
 from pipeline.console import say, track
 from pipeline.data.sources import ImageSource, LabelledImage, open_source
-from pipeline.errors import DataError
+from pipeline.errors import DataError, explain_os_error
 from pipeline.files import fsync_file, fsync_folder, move_aside, sha256_of
 from pipeline.manifest import (
     INDEX_ROW,
@@ -164,6 +164,8 @@ def write_dataset(source: ImageSource, config: DatasetConfig, folder: Path) -> D
             path.replace(folder / path.name)
         fsync_folder(folder)
         return manifest.save()
+    except OSError as error:
+        raise explain_os_error(error, doing=str(folder)) or error from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
