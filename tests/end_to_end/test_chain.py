@@ -1,0 +1,169 @@
+"""The bundled digits through every stage by the command line, and what is left on disk for whoever comes next."""
+
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.processes import shardline
+
+MODEL = "runs/digits/export/model.onnx"
+# What the base installation does not have.
+NOT_IN_BASE = ("torch", "torchvision", "lightning", "mlflow", "webdataset", "sklearn", "onnx", "onnxscript")
+
+
+@pytest.fixture(scope="module")
+def chain(workspace: Path) -> dict[str, str]:
+    """What each verb said, in the order of `make train`."""
+    said = {}
+    for verb in ("check", "train", "evaluate", "export"):
+        done = shardline(verb, cwd=workspace)
+        assert done.returncode == 0, f"{verb}: {done.stderr}"
+        said[verb] = done.stdout
+    return said
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+def test_the_digits_are_learned_on_two_processes(workspace: Path, chain: dict[str, str]) -> None:
+    result = read_json(workspace / "runs/digits/evaluation/test.json")
+    manifest = read_json(workspace / "data/digits/dataset.json")
+    sizes = {name: sum(shard["num_samples"] for shard in split["shards"]) for name, split in manifest["splits"].items()}
+    assert result["num_samples"] == sizes["test"] >= 0.2 * sum(sizes.values())
+    assert sum(sizes.values()) == 1797
+    assert result["accuracy"] >= 0.98
+    assert "2 DDP processes" in chain["train"]
+
+
+def test_the_model_is_one_file(workspace: Path, chain: dict[str, str]) -> None:
+    found = sorted(path.name for path in (workspace / "runs/digits/export").iterdir())
+    assert found == ["model.onnx", "parity.json"]
+
+
+def test_onnxruntime_alone_reaches_the_accuracy_of_the_evaluation(workspace: Path, chain: dict[str, str]) -> None:
+    shards = sorted(str(path) for path in (workspace / "data/digits").glob("test-*.tar"))
+    script = Path(__file__).with_name("onnxruntime_only.py")
+    done = subprocess.run(
+        [sys.executable, str(script), MODEL, *shards], cwd=workspace, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = read_json(workspace / "runs/digits/evaluation/test.json")
+    assert json.loads(done.stdout) == {"num_samples": result["num_samples"], "accuracy": result["accuracy"]}
+
+
+def test_every_contract_names_the_same_data_and_checkpoint(workspace: Path, chain: dict[str, str]) -> None:
+    import onnxruntime
+
+    run = read_json(workspace / "runs/digits/run.json")
+    result = read_json(workspace / "runs/digits/evaluation/test.json")
+    session = onnxruntime.InferenceSession(str(workspace / MODEL), providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    digest = read_json(workspace / "data/digits/dataset.json")["digest"]
+    assert run["data_digest"] == result["data_digest"] == metadata["shardline.data_digest"] == digest
+    assert run["best"]["sha256"] == result["checkpoint_sha256"] == metadata["shardline.checkpoint_sha256"]
+    assert run["preprocess_hash"] == metadata["shardline.preprocess_hash"]
+    assert run["mlflow"]["run_id"] == metadata["shardline.mlflow_run_id"]
+    assert run["job_id"] == metadata["shardline.job_id"]
+    assert (run["outcome"], run["world_size"]) == ("done", 2)
+    assert set(run["stages"]) == {"check", "train", "evaluate", "export"}
+
+
+def test_mlflow_holds_one_finished_run_with_curves_and_final_figures(workspace: Path, chain: dict[str, str]) -> None:
+    run_id = read_json(workspace / "runs/digits/run.json")["mlflow"]["run_id"]
+    with sqlite3.connect(workspace / "runs/mlflow.db") as database:
+        runs = database.execute("SELECT run_uuid, status FROM runs WHERE name = 'digits'").fetchall()
+        points = database.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", (run_id,)).fetchall()
+    assert runs == [(run_id, "FINISHED")]
+    assert len(points) == len(set(points)), "a (metric, step) was written twice"
+    keys = {key for key, _ in points}
+    assert {"train/loss", "train/learning_rate", "val/accuracy", "val/recall/7", "test/accuracy", "onnx/top1_agreement"} <= keys
+    assert (workspace / f"runs/mlartifacts/{run_id}/artifacts/export/model.onnx").is_file()
+
+
+def test_a_second_time_nothing_is_done(workspace: Path, chain: dict[str, str]) -> None:
+    def state() -> dict[Path, int]:
+        folders = (workspace / "data/digits", workspace / "runs/digits")
+        return {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+    before = state()
+    for verb in ("shard", "check", "train", "evaluate", "export"):
+        done = shardline(verb, cwd=workspace)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"{verb}: nothing to do"), done.stdout
+    assert state() == before
+
+
+def test_a_change_redoes_only_what_depends_on_it(workspace: Path, chain: dict[str, str]) -> None:
+    change = "--export.opset=21"
+    for verb in ("shard", "check", "train", "evaluate"):
+        assert "nothing to do" in shardline(verb, change, cwd=workspace).stdout
+    assert "opset 21" in shardline("export", change, cwd=workspace).stdout
+    assert "opset 20" in shardline("export", cwd=workspace).stdout
+
+
+def test_the_model_answers_where_no_torch_is_installed(workspace: Path, chain: dict[str, str], tmp_path: Path) -> None:
+    with tarfile.open(next((workspace / "data/digits").glob("test-*.tar"))) as tar:
+        tar.extractall(tmp_path, members=tar.getmembers()[:20], filter="data")
+    images = sorted(tmp_path.glob("*.jpg"))
+    labels = [image.with_suffix(".cls").read_text() for image in images]
+    for name in NOT_IN_BASE:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise ImportError('{name} is not in the base installation')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pipeline", "predict", MODEL, *map(str, images)]
+    for options in ([], ["--json"]):
+        done = subprocess.run(
+            [*command, *options], cwd=workspace, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    right = sum(answer["label"] == label for answer, label in zip(answers, labels, strict=True))
+    assert right >= len(labels) - 1
+    assert all(abs(sum(answer["probabilities"].values()) - 1) < 1e-3 for answer in answers)  # float32 softmax of 10
+    verified = subprocess.run(
+        [sys.executable, "-m", "pipeline", "verify", MODEL],
+        cwd=workspace, env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert verified.returncode == 0, verified.stderr
+    assert "top-1 agreement 1.0000" in verified.stdout
+
+
+def test_a_red_check_is_exit_3_and_says_why(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for class_name in ("left", "right"):
+        folder = tmp_path / "images" / class_name
+        folder.mkdir(parents=True)
+        for number in range(20):  # the same images under two names cannot be told apart
+            Image.new("RGB", (16, 16), (number * 12, 100, 100)).save(folder / f"{number}.png")
+    settings = ["--config=folder", "--name=same", "--dataset.source=images", "--preprocess.resize=[16,16]"]
+    settings += ["--preprocess.crop=[16,16]", "--model.channels=[8]", "--data.global_batch_size=16"]
+    assert shardline("shard", *settings, cwd=tmp_path).returncode == 0
+    done = shardline("check", *settings, cwd=tmp_path)
+    assert done.returncode == 3
+    assert re.search(r"^shardline: error: overfit: after 300 steps .* equal images with different labels", done.stderr)
+    verdicts = json.loads((tmp_path / "runs/same/check/verdicts.json").read_text())
+    assert [verdict["verdict"] for verdict in verdicts] == ["green", "green", "red"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["shard", "--help"], ["predict", "--help"]])
+def test_help_costs_less_than_a_second_of_processor_time(arguments: list[str]) -> None:
+    script = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'pipeline', *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)\n"
+        "usage = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(usage.ru_utime + usage.ru_stime)"
+    )
+    costs = [
+        float(subprocess.check_output([sys.executable, "-c", script, *arguments], text=True, timeout=60)) for _ in range(3)
+    ]
+    assert min(costs) < 1.0, costs

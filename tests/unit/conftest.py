@@ -1,0 +1,73 @@
+"""A source, a data set and a configuration small enough for milliseconds. The first two are shared: copy before changing."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import Config, DataConfig, DatasetConfig, ModelConfig, PreprocessConfig
+from pipeline.data.sources import open_source
+from pipeline.data.writer import write_dataset
+from pipeline.manifest import DatasetManifest, load_dataset
+
+COLOURS = {"blue": (30, 40, 210), "green": (30, 200, 50), "red": (220, 40, 30)}
+IMAGES_PER_CLASS = 20
+SIDE = 16
+# Of each class 12 images train, 4 validate and 4 test: shards of 5, 5, 5, 5, 5, 5, 5, 1 and twice 5, 5, 2.
+TINY_SPLIT = DatasetConfig(val_fraction=0.2, test_fraction=0.2, samples_per_shard=5)
+
+ImageFolder = Callable[[Path, dict[str, int]], Path]
+
+
+def make_images(folder: Path, num_images: dict[str, int]) -> Path:
+    """Write FOLDER/CLASS/NN.png: one colour a class, one pattern an image."""
+    for class_number, (name, count) in enumerate(num_images.items()):
+        (folder / name).mkdir(parents=True)
+        colour = COLOURS.get(name, (90, 90, 90))
+        for number in range(count):
+            noise = np.random.default_rng(1000 * class_number + number).integers(-25, 26, (SIDE, SIDE, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)  # (H, W, 3)
+            Image.fromarray(pixels).save(folder / name / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder() -> ImageFolder:
+    """A function that writes a folder of images, given how many of each class."""
+    return make_images
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SOURCE/CLASS/NN.png: 3 classes of 20 images of 16 x 16 pixels. Read-only."""
+    return make_images(tmp_path_factory.mktemp("source"), dict.fromkeys(COLOURS, IMAGES_PER_CLASS))
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> DatasetManifest:
+    """Shards of `tiny_source`: 36 samples in train, 12 in val, 12 in test, at most 5 in a shard. Read-only."""
+    config = dataclasses.replace(TINY_SPLIT, source=str(tiny_source))
+    return write_dataset(open_source(str(tiny_source)), config, tmp_path_factory.mktemp("dataset") / "tiny")
+
+
+@pytest.fixture
+def copied_dataset(tiny_dataset: DatasetManifest, tmp_path: Path) -> DatasetManifest:
+    """A copy of `tiny_dataset` that a test may damage."""
+    return load_dataset(shutil.copytree(tiny_dataset.folder, tmp_path / "copied"))
+
+
+@pytest.fixture
+def tiny_config(tiny_source: Path, tiny_dataset: DatasetManifest, tmp_path: Path) -> Config:
+    """A run on `tiny_dataset` with a network of two small stages; its run folder lies in `tmp_path`."""
+    return Config(
+        name="tiny",
+        runs_dir=str(tmp_path / "runs"),
+        dataset=dataclasses.replace(TINY_SPLIT, source=str(tiny_source), path=str(tiny_dataset.folder)),
+        preprocess=PreprocessConfig(resize=[SIDE, SIDE]),
+        data=DataConfig(global_batch_size=8),
+        model=ModelConfig(channels=[8, 16]),
+    )

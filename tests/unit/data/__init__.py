@@ -1,0 +1,1 @@
+"""Sources, shards, order and loaders."""
