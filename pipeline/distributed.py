@@ -169,6 +169,9 @@ def _environment(exit_dir: Path, processes: int) -> dict[str, str]:
     # The number of threads changes the order of sums, hence the last bits of the weights: say it, never leave it to chance.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # A rank that ends without waiting for the others leaves semaphores, which Python sweeps up and need not mention.
+    known = [environment["PYTHONWARNINGS"]] if environment.get("PYTHONWARNINGS") else []
+    environment["PYTHONWARNINGS"] = ",".join([*known, "ignore::UserWarning:multiprocessing.resource_tracker"])
     environment[EXIT_DIR] = str(exit_dir.resolve())
     environment[LAUNCHER_PID] = str(os.getpid())
     return environment

@@ -84,7 +84,9 @@ def test_a_misspelt_key_in_the_file_is_named_with_the_nearest(
 def test_a_truncated_shard_is_named(own_data: Path, capfd: pytest.CaptureFixture[str], verb: str) -> None:
     shard = own_data / "train-000000.tar"
     os.truncate(shard, shard.stat().st_size - 1000)
-    fails_with(capfd, [verb, f"--dataset.path={own_data}"], "train-000000.tar: holds .* bytes but the manifest says .* copy it again")
+    fails_with(
+        capfd, [verb, f"--dataset.path={own_data}"], "train-000000.tar: holds .* bytes but the manifest says .* copy it again"
+    )
 
 
 @pytest.mark.parametrize("verb", ["verify", "check", "train"])
@@ -103,7 +105,9 @@ def test_verify_finds_a_label_outside_the_classes_in_a_shard(own_data: Path, cap
     content[(name // 512 + 1) * 512] = ord("x")
     shard.write_bytes(content)
     assert main(["verify", str(own_data)]) == 2
-    assert re.search(r"val-000000.tar: cannot be read as a shard: .*\.cls holds b'x', not a class number", capfd.readouterr().err)
+    assert re.search(
+        r"val-000000.tar: cannot be read as a shard: .*\.cls holds b'x', not a class number", capfd.readouterr().err
+    )
 
 
 def test_a_corrupt_image_is_named_and_nothing_is_written(
@@ -138,14 +142,16 @@ def test_an_image_that_rots_in_its_shard_ends_the_training_by_name(own_data: Pat
 def test_a_run_folder_locked_by_another_job_is_refused(inside: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with locked(inside / "runs/busy"):
         for verb in ("check", "train"):
-            fails_with(capfd, [verb, DATA, "--name=busy"], r"runs/busy is locked by another job \(process \d+ on .*\). Wait until")
+            fails_with(
+                capfd, [verb, DATA, "--name=busy"], r"runs/busy is locked by another job \(process \d+ on .*\). Wait until"
+            )
 
 
 def with_mount(script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a shell script in a mount namespace of its own; skip the test where that is not allowed."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, timeout=20, check=False).returncode:
         pytest.skip("mount namespaces are not allowed here")
-    script = f"set -e; shardline() {{ {sys.executable} -m pipeline \"$@\"; }}; {script}"
+    script = f'set -e; shardline() {{ {sys.executable} -m pipeline "$@"; }}; {script}'
     return subprocess.run(
         ["unshare", "-m", "bash", "-c", script], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
     )
@@ -174,11 +180,13 @@ def test_a_full_disk_leaves_nothing_half_written(inside: Path) -> None:
 
 
 def test_predict_answers_for_the_good_images_and_names_the_bad(
-    inside: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], tiny_model: Path
+    inside: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], chain: dict[str, str]
 ) -> None:
     Image.new("RGB", (16, 16), "white").save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"not an image")
-    assert main(["predict", str(tiny_model), str(tmp_path / "bad.png"), str(tmp_path / "good.png"), "--json"]) == 2
+    assert (
+        main(["predict", "runs/digits/export/model.onnx", str(tmp_path / "bad.png"), str(tmp_path / "good.png"), "--json"]) == 2
+    )
     said = capfd.readouterr()
     bad, good = json.loads(said.out)
     assert "error" in bad

@@ -19,17 +19,6 @@ MODEL = "runs/digits/export/model.onnx"
 NOT_IN_BASE = ("torch", "torchvision", "lightning", "mlflow", "webdataset", "sklearn", "onnx", "onnxscript")
 
 
-@pytest.fixture(scope="module")
-def chain(workspace: Path) -> dict[str, str]:
-    """What each verb said, in the order of `make train`."""
-    said = {}
-    for verb in ("check", "train", "evaluate", "export"):
-        done = shardline(verb, cwd=workspace)
-        assert done.returncode == 0, f"{verb}: {done.stderr}"
-        said[verb] = done.stdout
-    return said
-
-
 def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
