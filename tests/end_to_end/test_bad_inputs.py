@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.cli import main
 from pipeline.files import locked
-from tests.end_to_end.processes import shardline
+from tests.processes import shardline
 
 DATA = "--dataset.path=data/digits"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.processes import shardline
+from tests.processes import shardline
 
 MODEL = "runs/digits/export/model.onnx"
 # What the base installation does not have.

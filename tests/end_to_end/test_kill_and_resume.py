@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from tests.end_to_end.processes import kill, launcher_of, processes_of, ranks_of, shardline, started, wait_until
+from tests.processes import kill, launcher_of, processes_of, ranks_of, shardline, started, wait_until
 
 STEPS_PER_EPOCH = 22
 SETTINGS = [

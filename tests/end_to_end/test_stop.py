@@ -4,7 +4,7 @@ import json
 import signal
 from pathlib import Path
 
-from tests.end_to_end.processes import processes_of, shardline, started, wait_until
+from tests.processes import processes_of, shardline, started, wait_until
 
 SETTINGS = ["--name=stopped", "--dataset.path=data/digits", "--trainer.max_epochs=40", "--trainer.checkpoint_every_steps=5"]
 

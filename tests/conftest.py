@@ -1,10 +1,10 @@
-"""A folder in which the digits went through every verb, once for all tests."""
+"""A folder in which the digits went through every verb, once for all tests of a session."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.processes import shardline
+from tests.processes import shardline
 
 
 @pytest.fixture(scope="session")

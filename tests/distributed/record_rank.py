@@ -1,0 +1,47 @@
+"""One rank of a real training, which also writes down what it saw: RECORD_DIR/rank-N.json.
+
+Run under torchrun: `record_rank.py train --name ...` is `shardline train --name ...`.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from pipeline.cli import main
+from pipeline.data.dataset import Batch
+from pipeline.training.classifier import Classifier
+
+
+class Recorder(Classifier):
+    """The classifier of the product, with an eye on its batches."""
+
+    steps: ClassVar[dict[int, list[tuple[int, str]]]] = {}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Note the samples of the step, and their pixels after augmentation."""
+        self.steps[self.global_step] = [
+            (int(index), hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16])
+            for index, image in zip(batch["index"], batch["image"], strict=True)
+        ]
+        return super().training_step(batch, batch_idx)
+
+    def on_train_end(self) -> None:
+        """Leave the record."""
+        digest = hashlib.sha256()
+        for parameter in self.network.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+        record = {"steps": self.steps, "weights": digest.hexdigest()}
+        path = Path(os.environ["RECORD_DIR"]) / f"rank-{self.global_rank}.json"
+        path.write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    import pipeline.training.fit
+
+    pipeline.training.fit.Classifier = Recorder  # type: ignore[misc]
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""The same training on one, two and three ranks: the same samples at every step, equal weights, equal figures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import shardline
+
+GLOBAL_BATCH_SIZE = 48  # one, two and three ranks share it
+NUM_EPOCHS = 2
+STEPS_PER_EPOCH = 22  # 1,069 training samples
+# Group norm and no dropout: nothing in the network depends on how the batch is shared.
+SETTINGS = [
+    f"--data.global_batch_size={GLOBAL_BATCH_SIZE}",
+    f"--trainer.max_epochs={NUM_EPOCHS}",
+    "--trainer.log_every_steps=1",
+    "--model.norm=group",
+    "--model.dropout=0",
+    "--data.augment.rotate_degrees=10",
+    "--dataset.path=data/digits",
+]
+WORLD_SIZES = (1, 2, 3)
+Step = list[tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def records(workspace: Path) -> dict[int, list[dict[str, Any]]]:
+    """What each rank wrote down, by world size."""
+    found = {}
+    for world_size in WORLD_SIZES:
+        folder = workspace / f"records-{world_size}"
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        command += [str(Path(__file__).with_name("record_rank.py")), "train", f"--name=ranks-{world_size}", *SETTINGS]
+        environment = {**os.environ, "RECORD_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=150, check=False)
+        assert done.returncode == 0, done.stderr
+        found[world_size] = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
+    return found
+
+
+def samples_by_step(ranks: list[dict[str, Any]]) -> dict[int, Step]:
+    """The global batch of every step, put together from the ranks in their order."""
+    return {
+        int(step): [(index, pixels) for rank in ranks for index, pixels in rank["steps"][step]] for step in ranks[0]["steps"]
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_sees_the_same_augmented_samples_at_every_step(
+    records: dict[int, list[dict[str, Any]]], world_size: int
+) -> None:
+    alone, together = samples_by_step(records[1]), samples_by_step(records[world_size])
+    assert len(alone) == NUM_EPOCHS * STEPS_PER_EPOCH
+    assert together == alone
+
+
+def test_an_epoch_sees_each_sample_at_most_once_and_each_epoch_another_order(
+    records: dict[int, list[dict[str, Any]]],
+) -> None:
+    steps = samples_by_step(records[2])
+    first, second = (
+        [index for step in range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH) for index, _ in steps[step]]
+        for epoch in range(NUM_EPOCHS)
+    )
+    assert len(set(first)) == len(first) == STEPS_PER_EPOCH * GLOBAL_BATCH_SIZE
+    assert len(set(second)) == len(second)
+    assert first != second
+    assert set(first) != set(second), "the tail that is dropped must differ between epochs"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_ranks_end_with_the_same_weights_after_as_many_steps(
+    records: dict[int, list[dict[str, Any]]], world_size: int
+) -> None:
+    ranks = records[world_size]
+    assert len({rank["weights"] for rank in ranks}) == 1
+    assert len({len(rank["steps"]) for rank in ranks}) == 1
+
+
+def test_the_evaluation_is_the_same_on_any_number_of_ranks(workspace: Path, records: dict[int, list[dict[str, Any]]]) -> None:
+    results, predictions = [], []
+    folder = workspace / "runs/ranks-3/evaluation"
+    for world_size in WORLD_SIZES:
+        (folder / "test.json").unlink(missing_ok=True)
+        done = shardline("evaluate", "--name=ranks-3", *SETTINGS, cwd=workspace, PROCS=str(world_size))
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((folder / "test.json").read_text()))
+        predictions.append([row.split(",")[:4] for row in (folder / "predictions.csv").read_text().splitlines()])
+    assert predictions[0] == predictions[1] == predictions[2]
+    assert len(predictions[0]) == 1 + results[0]["num_samples"] == 365
+    for result in results[1:]:
+        # float32 logits are rounded by batch shape; 364 losses of up to a few nats, summed in float64.
+        assert result.pop("loss") == pytest.approx(results[0]["loss"], rel=0, abs=1e-6)
+        assert result == {name: value for name, value in results[0].items() if name != "loss"}

@@ -1,0 +1,69 @@
+import io
+import itertools
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from pipeline.console import closing_box, track
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
+    """A function that makes stdout a terminal. Not done at once: pytest sets stdout anew when the test begins."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def begin() -> Terminal:
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stdout", screen)
+        return screen
+
+    return begin
+
+
+def test_short_work_passes_through_a_log_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(track("abc", "shard", total=3)) == ["a", "b", "c"]
+    assert capsys.readouterr().out == ""
+
+
+def test_long_work_tells_a_log_how_far_it_is_a_few_times_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = itertools.count(step=5)  # every item takes 5 seconds
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "monotonic", lambda: float(next(clock)))
+        assert list(track(range(10), "verify", total=10, unit="files")) == list(range(10))
+    assert capsys.readouterr().out.splitlines() == [
+        "verify: 3 of 10 files, 0/s, 35 s left",
+        "verify: 6 of 10 files, 0/s, 20 s left",
+        "verify: 9 of 10 files, 0/s, 5 s left",
+    ]
+
+
+def test_a_terminal_gets_a_bar_that_ends_full(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    assert list(track(range(4), "shard", total=4)) == [0, 1, 2, 3]
+    last_line = screen.getvalue().rsplit("\r", 1)[-1]
+    assert "shard" in last_line
+    assert "4/4" in last_line
+
+
+def test_the_closing_box_in_a_log_is_one_aligned_line_a_fact(capsys: pytest.CaptureFixture[str]) -> None:
+    closing_box("trained", {"best": "val/loss 0.1", "in": "runs/x"}, next_command="shardline evaluate")
+    assert capsys.readouterr().out == "trained\n  best  val/loss 0.1\n  in    runs/x\n  next  shardline evaluate\n"
+
+
+def test_the_closing_box_on_a_terminal_shows_brackets_as_they_are(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    closing_box("trained", {"size": "[16, 16]"}, next_command="shardline train --preprocess.resize [bold]")
+    shown = screen.getvalue()
+    assert "╭─ trained ─" in shown
+    assert "[16, 16]" in shown
+    assert "--preprocess.resize [bold]" in shown
