@@ -1,6 +1,8 @@
 """kill -9 at any instant: the same command again gives the weights of a training that nobody disturbed."""
 
 import hashlib
+import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Literal
@@ -89,6 +91,41 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert f"going on after step {step}:" in again.stdout
     assert last.stat().st_mtime_ns > saved
     assert weights_of(last) == undisturbed_weights(workspace, ranks, undisturbed)
+
+
+def test_a_training_killed_between_two_epochs_goes_on_to_the_same_weights(workspace: Path, undisturbed: dict[int, str]) -> None:
+    run_dir = workspace / "runs/killed-between"
+    last = run_dir / "checkpoints/last.ckpt"
+    command = [*arguments("killed-between", workers=0), "--trainer.checkpoint_every_steps=1000"]
+    with started(*command, cwd=workspace, log=workspace / "killed-between.log", PROCS="2") as front_door:
+        wait_until(last.exists, "the checkpoint of the first epoch")
+        kill(*pids_of("everything", run_dir, 2, front_door.pid))
+    wait_until(lambda: not processes_of(run_dir), "the last process to end", seconds=20)
+
+    again = shardline(*command, cwd=workspace, PROCS="2")
+
+    assert again.returncode == 0, again.stderr
+    assert f"going on after step {STEPS_PER_EPOCH}:" in again.stdout
+    assert weights_of(last) == undisturbed_weights(workspace, 2, undisturbed)
+
+
+def test_a_training_killed_after_its_last_step_only_finishes_its_record(workspace: Path, undisturbed: dict[int, str]) -> None:
+    undisturbed_weights(workspace, 2, undisturbed)
+    run_dir = Path(shutil.copytree(workspace / "runs/undisturbed-2", workspace / "runs/killed-late"))
+    record = json.loads((run_dir / "run.json").read_text())
+    finished = {name: record[name] for name in ("best", "steps")}
+    record |= {"name": "killed-late", "outcome": "running", "stages": {}, "best": None, "steps": 0}
+    (run_dir / "run.json").write_text(json.dumps(record))
+    checkpoint = (run_dir / "checkpoints/best.ckpt").read_bytes()
+
+    again = train(workspace, "killed-late", ranks=2)
+
+    assert again.returncode == 0, again.stderr
+    assert f"going on after step {3 * STEPS_PER_EPOCH}:" in again.stdout
+    assert (run_dir / "checkpoints/best.ckpt").read_bytes() == checkpoint
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["outcome"] == "done"
+    assert {name: record[name] for name in ("best", "steps")} == finished
 
 
 def pids_of(victim: Victim, run_dir: Path, ranks: int, front_door: int) -> list[int]:
