@@ -3,7 +3,9 @@
 A user's mistake is one line on stderr and exit code 2; a gate that says no is 3; stopped after saving is 128 + signal.
 """
 
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,15 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(arguments)
     except ShardlineError as error:
         return _fail(error)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("pipeline"):
+            raise
+        needed = f"`{arguments[0]}` needs the package {error.name}, which is not installed here"
+        return _fail(ConfigError(f"{needed}: pip install 'shardline[train]'. (`predict` and `verify MODEL` do without.)"))
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`| head`); what Python flushes at exit has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         known = explain_os_error(error)
         if known is None:
@@ -69,10 +80,12 @@ def _summary(verb: Callable[[list[str]], int]) -> str:
     return (verb.__doc__ or "").splitlines()[0]
 
 
-def _parser(verb: Callable[[list[str]], int], *, settings: bool = True) -> "ArgumentParser":
+def _parser(verb: Callable[[list[str]], int], *, settings: bool = True, positional: str = "") -> "ArgumentParser":
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=f"shardline {verb.__name__}", description=_summary(verb), exit_on_error=False)
+    # The usage that argparse makes of 50 settings fills a screen before the first word of help.
+    usage = f"shardline {verb.__name__} {positional}[--config FILE] [--SETTING VALUE ...]" if settings else None
+    parser = ArgumentParser(prog=f"shardline {verb.__name__}", usage=usage, description=_summary(verb), exit_on_error=False)
     if settings:
         add_settings(parser)
     return parser
@@ -107,12 +120,14 @@ def shard(argv: list[str]) -> int:
 
 def verify(argv: list[str]) -> int:
     """Re-hash a data set, or prove that a model is the one that was exported."""
-    parser = _parser(verify)
-    parser.add_argument("path", nargs="?", default="", help="data set folder or model file; default: the run's data set")
+    parser = _parser(verify, positional="[PATH] ")
+    parser.add_argument("path", nargs="?", help="data set folder or model file; the run's data set when left out")
     config, options = parse_config(parser, argv)
-    path = Path(options.path) if options.path else config.dataset_dir
-    if path.is_dir() or path.name == MANIFEST_NAME or not options.path:
+    path = config.dataset_dir if options.path is None else Path(options.path)
+    if options.path is None or path.is_dir() or path.name == MANIFEST_NAME:
         return _verify_dataset(path.parent if path.name == MANIFEST_NAME else path)
+    if not path.exists():
+        raise DataError(f"{path}: no such data set folder or model file.")
     from pipeline.serving.predictor import verify_model
 
     closing_box("model verified", {"model": str(path), **verify_model(path)}, f"shardline predict {path} IMAGE...")

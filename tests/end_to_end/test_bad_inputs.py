@@ -61,7 +61,7 @@ def fails_with(capfd: pytest.CaptureFixture[str], arguments: list[str], message:
         (["train", "--config=nowhere.yaml"], "nowhere.yaml: no such configuration file. Bundled ones: digits, folder"),
         (["train", DATA, "--name=../elsewhere"], "`name` is '../elsewhere'; it must be a plain folder name"),
         (["predict", "nowhere.onnx", "image.jpg"], "nowhere.onnx: no such model file"),
-        (["verify", "nowhere.onnx"], "nowhere.onnx: no such model file"),
+        (["verify", "nowhere.onnx"], "nowhere.onnx: no such data set folder or model file"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_remedy(

@@ -106,7 +106,7 @@ def test_the_model_answers_where_no_torch_is_installed(workspace: Path, chain: d
     labels = [image.with_suffix(".cls").read_text() for image in images]
     for name in NOT_IN_BASE:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text(f"raise ImportError('{name} is not in the base installation')\n")
+        (tmp_path / name / "__init__.py").write_text(f"raise ModuleNotFoundError(name='{name}')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "pipeline", "predict", MODEL, *map(str, images)]
     for options in ([], ["--json"]):
@@ -124,6 +124,12 @@ def test_the_model_answers_where_no_torch_is_installed(workspace: Path, chain: d
     )  # fmt: skip
     assert verified.returncode == 0, verified.stderr
     assert "top-1 agreement 1.0000" in verified.stdout
+    refused = subprocess.run(
+        [sys.executable, "-m", "pipeline", "shard"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "`shard` needs the package sklearn, which is not installed here: pip install 'shardline[train]'" in refused.stderr
 
 
 def test_a_red_check_is_exit_3_and_says_why(tmp_path: Path) -> None:
