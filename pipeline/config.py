@@ -5,6 +5,8 @@ setting can change the trained weights is stated beside it (`identity`): a run w
 """
 
 import dataclasses
+import math
+import operator
 import re
 import typing
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from pipeline.files import digest_of
 
 if typing.TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+    from yaml import SafeLoader
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Normalization = Literal["dataset", "imagenet", "kinetics", "clip", "inception", "none"]
@@ -241,6 +244,9 @@ def require_known_keys(values: Any, section: type, where: str, prefix: str = "")
 
 
 def _nearest_key(key: str, prefix: str, siblings: dict[str, Any]) -> str:
+    if "." in key and key in (name for name, _, _ in settings_of(Config)):
+        section, _, rest = key.partition(".")
+        return f" In a file, write `{rest}` below `{section}:`."
     suggestion = nearest(key, siblings)
     if suggestion:
         return suggestion.replace("'", f"`{prefix}", 1).replace("'", "`")
@@ -256,10 +262,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_unique_key_loader())  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     return {} if values is None else typing.cast(dict[str, Any], values)
+
+
+def _unique_key_loader() -> type["SafeLoader"]:
+    """YAML's safe loader, except that a key given twice is an error: PyYAML would drop the first without a word."""
+    import yaml
+
+    class UniqueKeyLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key_node, _ in node.value:
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"`{key_node.value}` is given twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeyLoader
 
 
 def add_settings(parser: "ArgumentParser") -> None:
@@ -336,40 +360,64 @@ def _build(section: type, values: Any) -> Any:
     return section(**arguments)
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have; `open_low` and `open_high` leave out the bound itself."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        words = f"greater than {self.low:g}" if self.open_low else f"{self.low:g} or more"
+        if self.high < math.inf:
+            words += f" and less than {self.high:.10g}" if self.open_high else f" and at most {self.high:.10g}"
+        return words
+
+
+COUNT = Range(1)
+SHARE = Range(0, 1, open_high=True)
+POSITIVE = Range(0, open_low=True)
+RANGES = {
+    "seed": Range(0, 2**32 - 1),  # numpy's seeds have 32 bits
+    "dataset.val_fraction": SHARE,
+    "dataset.test_fraction": SHARE,
+    "dataset.samples_per_shard": COUNT,
+    "dataset.jpeg_quality": Range(1, 100),
+    "data.global_batch_size": COUNT,
+    "data.shuffle_shards": COUNT,
+    "data.num_workers": Range(0),
+    "data.prefetch_factor": COUNT,
+    "data.timeout_seconds": Range(0),
+    "data.augment.horizontal_flip": Range(0, 1),
+    "data.augment.rotate_degrees": Range(0, 180),
+    "data.augment.translate": Range(0, 1),
+    "data.augment.scale": SHARE,
+    "data.augment.crop_scale": Range(0, 1, open_low=True),
+    "model.convs_per_stage": COUNT,
+    "model.dropout": SHARE,
+    "optimizer.lr": POSITIVE,
+    "trainer.max_epochs": COUNT,
+    "trainer.gradient_clip_norm": POSITIVE,
+    "trainer.checkpoint_every_steps": COUNT,
+    "trainer.log_every_steps": COUNT,
+    "export.tolerance": POSITIVE,
+    "export.max_batch_size": COUNT,
+}
+
+
 def _require_sane(config: Config) -> None:
     """Refuse values of the right type that cannot work, before anything is started."""
-    positive = {
-        "data.global_batch_size": config.data.global_batch_size,
-        "data.shuffle_shards": config.data.shuffle_shards,
-        "data.prefetch_factor": config.data.prefetch_factor,
-        "dataset.samples_per_shard": config.dataset.samples_per_shard,
-        "model.convs_per_stage": config.model.convs_per_stage,
-        "optimizer.lr": config.optimizer.lr,
-        "trainer.max_epochs": config.trainer.max_epochs,
-        "trainer.checkpoint_every_steps": config.trainer.checkpoint_every_steps,
-        "trainer.log_every_steps": config.trainer.log_every_steps,
-        "export.max_batch_size": config.export.max_batch_size,
-        "export.tolerance": config.export.tolerance,
-    }
-    for key, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"`{key}` is {value}; it must be greater than 0.")
-    shares = {
-        "dataset.val_fraction": config.dataset.val_fraction,
-        "dataset.test_fraction": config.dataset.test_fraction,
-        "model.dropout": config.model.dropout,
-        "data.augment.horizontal_flip": config.data.augment.horizontal_flip,
-    }
-    for key, value in shares.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f"`{key}` is {value}; it must be at least 0 and less than 1.")
+    for key, allowed in RANGES.items():
+        value = operator.attrgetter(key)(config)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"`{key}` is {value}; it must be {allowed}.")
     if config.dataset.val_fraction + config.dataset.test_fraction >= 1:
         raise ConfigError("`dataset.val_fraction` and `dataset.test_fraction` leave nothing to train on.")
-    if not 1 <= config.dataset.jpeg_quality <= 100:
-        raise ConfigError(f"`dataset.jpeg_quality` is {config.dataset.jpeg_quality}; it must be 1 to 100.")
-    if not 0 < config.data.augment.crop_scale <= 1:
-        raise ConfigError(f"`data.augment.crop_scale` is {config.data.augment.crop_scale}; it must be above 0, up to 1.")
-    if config.data.num_workers < 0:
-        raise ConfigError(f"`data.num_workers` is {config.data.num_workers}; it must be 0 or more.")
     if not config.name or config.name != Path(config.name).name or config.name.startswith("."):
         raise ConfigError(f"`name` is '{config.name}'; it must be a plain folder name.")

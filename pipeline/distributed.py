@@ -8,6 +8,7 @@ so that no orphan goes on writing checkpoints beside a resumed job.
 import ctypes
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -69,7 +70,7 @@ def num_processes() -> int:
     wanted = os.environ.get("PROCS", "").strip()
     if not wanted:
         return gpus or CPU_PROCESSES
-    if not wanted.isdigit() or int(wanted) < 1:
+    if not wanted.isdecimal() or int(wanted) < 1:
         raise ConfigError(f"PROCS is '{wanted}'; it must be a whole number of processes, 1 or more.")
     if gpus and int(wanted) > gpus:
         raise ConfigError(f"PROCS is {wanted}, but this machine has {gpus} GPUs, one for each process.")
@@ -178,9 +179,16 @@ def _environment(exit_dir: Path, processes: int) -> dict[str, str]:
 
 
 def read_outcomes(exit_dir: Path) -> list[RankOutcome]:
-    """What the ranks left behind, in the order in which they ended."""
+    """What the ranks left behind, the likeliest cause of the others' end first."""
     outcomes = [RankOutcome(**json.loads(path.read_text())) for path in exit_dir.glob("rank-*.json")]
-    return sorted(outcomes, key=lambda outcome: outcome.time)
+    return sorted(outcomes, key=_when_it_began)
+
+
+def _when_it_began(outcome: RankOutcome) -> float:
+    if outcome.exit_code == -signal.SIGTERM:
+        return math.inf  # torchrun ends the others so
+    # torchrun notices a killed process late and in whole seconds; by then its peers have complained of the lost connection.
+    return outcome.time - 2.0 if outcome.exit_code < 0 else outcome.time
 
 
 def _conclude(returned: int, outcomes: list[RankOutcome], received: list[int], processes: int) -> int:

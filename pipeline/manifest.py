@@ -169,7 +169,7 @@ def open_index(manifest: DatasetManifest, split_name: str) -> Index:
     path = manifest.folder / split.index.name
     try:
         rows: Index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise DataError(f"{path}: not an index ({error}). Rebuild with `shardline shard --fresh`.") from error
     if rows.dtype != INDEX_ROW or rows.shape != (split.num_samples,):
         raise DataError(

@@ -79,6 +79,8 @@ def build_spec(config: PreprocessConfig, stats: ImageStats) -> PreprocessSpec:
         values = sides if isinstance(sides, list) else [] if sides is None else [sides]
         if any(side <= 0 for side in values) or (isinstance(sides, list) and len(sides) != 2):
             raise ConfigError(f"`preprocess.{key}` is {sides}; it must be positive, [height, width] when a list.")
+    if config.interpolation == "lanczos" and not config.antialias:
+        raise ConfigError("`preprocess.antialias: false` has no lanczos filter. Use bilinear or bicubic, or antialias.")
     mean, std = (stats.mean, stats.std) if config.normalization == "dataset" else PRESETS[config.normalization]
     spec = PreprocessSpec(
         resize=config.resize,
@@ -100,9 +102,14 @@ def build_spec(config: PreprocessConfig, stats: ImageStats) -> PreprocessSpec:
 def spec_from_dict(values: dict[str, Any]) -> PreprocessSpec:
     """Read a spec back from checkpoint or ONNX metadata. Raises ModelError when it has unknown or missing fields."""
     try:
-        return PreprocessSpec(**{**values, "background": tuple(values["background"])})
+        spec = PreprocessSpec(**{**values, "background": tuple(values["background"])})
     except (KeyError, TypeError) as error:
         raise ModelError(f"the model's preprocessing cannot be read ({error}); it needs another Shardline.") from error
+    for name, known in (("version", 1), ("color", "RGB"), ("scale", 255)):
+        if getattr(spec, name) != known:
+            found = getattr(spec, name)
+            raise ModelError(f"the model's preprocessing has {name} {found}, not {known}; it needs another Shardline.")
+    return spec
 
 
 def open_image(encoded: bytes, background: tuple[int, int, int]) -> Image.Image:
@@ -112,7 +119,7 @@ def open_image(encoded: bytes, background: tuple[int, int, int]) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
             image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
@@ -164,10 +171,8 @@ def _resize(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
     if spec.antialias or spec.interpolation == "nearest":
         return image.resize((width, height), FILTERS[spec.interpolation])
     # Pillow always filters when it shrinks by `resize`; `transform` samples without.
-    sampling = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    chosen = sampling.get(spec.interpolation, Image.Resampling.BICUBIC)
     box = (0, 0, image.width, image.height)
-    return image.transform((width, height), Image.Transform.EXTENT, box, resample=chosen)
+    return image.transform((width, height), Image.Transform.EXTENT, box, resample=FILTERS[spec.interpolation])
 
 
 def _center_crop(image: Image.Image, crop: list[int], background: tuple[int, int, int]) -> Image.Image:

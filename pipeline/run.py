@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pipeline.config import Config
 from pipeline.console import say
 from pipeline.errors import RunError
-from pipeline.files import digest_of, move_aside, sha256_of, write_json
+from pipeline.files import digest_of, move_aside, sha256_of, write_bytes, write_json
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest, read_versioned_json
 from pipeline.preprocess import PreprocessSpec, build_spec
 
@@ -164,13 +164,15 @@ def save_config(config: Config) -> None:
     path = config.run_dir / CONFIG_NAME
     text = yaml.safe_dump(config.as_dict(), sort_keys=False)
     if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
+        write_bytes(path, text.encode())
 
 
 def git_state() -> dict[str, Any]:
     """Commit and dirtiness of the checkout that Shardline runs from; nulls outside a checkout."""
     folder = Path(__file__).parent
-    commit = _git(folder, "rev-parse", "HEAD")
+    # Installed into an environment inside somebody's repository, the package is not tracked by it.
+    tracked = _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
+    commit = _git(folder, "rev-parse", "HEAD") if tracked else None
     status = _git(folder, "status", "--porcelain", "--untracked-files=no") if commit else None
     return {"commit": commit, "dirty": bool(status) if commit else None}
 

@@ -13,24 +13,14 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline import distributed
 from pipeline.config import DataConfig
 from pipeline.data.augment import build_augmentation
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.order import GlobalBatchSampler
+from pipeline.data.worker import deliver, start_worker
 from pipeline.errors import RunError, ShardlineError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
-
-
-def start_worker(_worker_id: int, rank_pid: int) -> None:
-    """What a loader process does first."""
-    distributed.die_with(rank_pid)
-
-
-def deliver(batch: Any) -> Any:
-    """Collate function of a data set that already returns whole batches."""
-    return batch
 
 
 class ResumableLoader(DataLoader[Batch]):
@@ -63,7 +53,7 @@ class ResumableLoader(DataLoader[Batch]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a saved cursor; one at an epoch's end means the start of the next. Raises RunError for another loader's."""
-        for name, here in (("num_batches", len(self)), ("global_batch_size", self.batches.global_batch_size)):
+        for name, here in (("global_batch_size", self.batches.global_batch_size), ("num_batches", len(self))):
             if state[name] != here:
                 raise RunError(f"the checkpoint was made with {name} {state[name]}, but here it is {here}. Use --fresh.")
         epoch, batch = state["epoch"], state["batch"]

@@ -82,13 +82,15 @@ def open_class_folders(folder: Path) -> ImageSource:
         )
     images: list[LabelledImage] = []
     facts: list[tuple[str, int, int]] = []
-    num_ignored = 0
+    num_ignored = sum(path.is_file() for path in folder.iterdir())
     for label, class_folder in enumerate(class_folders):
         for path in sorted(path for path in class_folder.rglob("*") if path.is_file()):
-            if path.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS or path.name.startswith("."):
+            name = path.relative_to(folder).as_posix()
+            # Tools keep copies in hidden folders; one half of a pair in train and the other in test would flatter the accuracy.
+            hidden = any(part.startswith(".") for part in Path(name).parts)
+            if hidden or path.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
                 num_ignored += 1
                 continue
-            name = path.relative_to(folder).as_posix()
             status = path.stat()
             images.append(LabelledImage(name, label, path.read_bytes))
             facts.append((name, status.st_size, status.st_mtime_ns))

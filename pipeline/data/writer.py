@@ -11,7 +11,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +94,7 @@ def prepare_dataset(config: DatasetConfig, folder: Path, *, fresh: bool = False)
             wanted = (preparation_of(config, source.kind), source.fingerprint)
             if (manifest.preparation, manifest.info["source_fingerprint"]) == wanted:
                 return manifest, False
-        why = "--fresh was given" if fresh else "the images or the settings of `dataset` changed"
-        say(f"{folder}: {why}; the earlier data set is kept as {move_aside(folder)}")
+        say(f"{folder}: {'--fresh was given' if fresh else 'the images or the settings of `dataset` changed'}")
     elif folder.is_dir():
         foreign = sorted(path.name for path in folder.iterdir() if not OWN_NAMES.fullmatch(path.name))
         if foreign:
@@ -113,8 +112,8 @@ def split_images(source: ImageSource, config: DatasetConfig) -> dict[str, list[L
     for label, class_name in enumerate(source.class_names):
         members = [image for image in source.images if image.label == label]
         members.sort(key=lambda image: _hash(config.split_seed, "split", image.name))
-        num_test = math.ceil(len(members) * config.test_fraction)
-        num_val = math.ceil(len(members) * config.val_fraction)
+        num_test = _share(len(members), config.test_fraction)
+        num_val = _share(len(members), config.val_fraction)
         if len(members) - num_test - num_val < 1:
             raise DataError(
                 f"class `{class_name}` has {len(members)} images, too few for a share in every split. "
@@ -128,8 +127,13 @@ def split_images(source: ImageSource, config: DatasetConfig) -> dict[str, list[L
     return {name: images for name, images in splits.items() if images}
 
 
+def _share(number: int, fraction: float) -> int:
+    # 25 * 0.28 is 7.000000000000001, which is meant to be 7.
+    return math.ceil(round(number * fraction, 9))
+
+
 def _hash(seed: int, purpose: str, name: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{purpose}/{name}".encode()).digest()
+    return hashlib.sha256(f"{seed}/{purpose}/{name}".encode(errors="surrogateescape")).digest()
 
 
 def write_dataset(source: ImageSource, config: DatasetConfig, folder: Path) -> DatasetManifest:
@@ -158,16 +162,30 @@ def write_dataset(source: ImageSource, config: DatasetConfig, folder: Path) -> D
                 "tool_version": pipeline.__version__,
             },
             digest="",
-            folder=folder,
-        )
-        for path in sorted(partial.iterdir()):
-            path.replace(folder / path.name)
-        fsync_folder(folder)
-        return manifest.save()
+            folder=partial,
+        ).save()
+        _publish(partial, folder)
+        return replace(manifest, folder=folder)
     except OSError as error:
         raise explain_os_error(error, doing=str(folder)) or error from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Give a complete data set in FOLDER/.partial its place; the one that is there is kept under another name."""
+    if (folder / MANIFEST_NAME).is_file():
+        aside = move_aside(folder)
+        say(f"the earlier data set is kept as {aside}")
+        (aside / PARTIAL).rename(folder)
+        fsync_folder(folder.parent)
+        return
+    for leftover in folder.iterdir():  # of a process that was killed between the lines below
+        if leftover != partial:
+            leftover.unlink()
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
+        path.rename(folder / path.name)
+    fsync_folder(folder)
 
 
 def _describe_bad(bad_images: list[str]) -> str:

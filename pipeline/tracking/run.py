@@ -36,6 +36,7 @@ class RunTracker:
         points = [Metric(key, value, now, step) for key, value in metrics.items() if step > self._written_until(key)]
         if points:
             self.client.log_batch(self.run_id, metrics=points)
+            self._last_step |= {point.key: step for point in points}
 
     def _written_until(self, key: str) -> int:
         if key not in self._last_step:

@@ -31,7 +31,7 @@ def load_checkpoint(path: Path, record: RunRecord) -> dict[str, Any]:
     """Read a checkpoint of this run, tensors and plain values only. Raises RunError for a broken or foreign one."""
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        facts = checkpoint["shardline"]
+        facts = {name: checkpoint["shardline"][name] for name in ("format_version", *IDENTITY)}
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise RunError(f"{path}: cannot be read as a Shardline checkpoint ({reason}). Use --fresh to start anew.") from error

@@ -3,6 +3,7 @@
 `last.ckpt` is where a resumed run goes on; `best.ckpt` is the first to reach the best value of the monitor.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ class CheckpointWriter(L.Callback):
     def _improves(self, value: float) -> bool:
         if self.best_value is None:
             return True
+        if math.isnan(self.best_value):
+            return not math.isnan(value)
         return value > self.best_value if self.config.trainer.monitor == "val/accuracy" else value < self.best_value
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.data.dataset import Batch
 from pipeline.data.order import mix
 from pipeline.task import EvaluationSums, Metrics, sample_losses
-from pipeline.training.optim import build_optimizer, build_scheduler
+from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
 
 class Classifier(L.LightningModule):
@@ -52,8 +52,7 @@ class Classifier(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The configured optimizer and scheduler, in Lightning's form."""
         optimizer = build_optimizer(self.network, self.config.optimizer)
-        per_step = self.config.scheduler.interval == "step"
-        length = self.total_steps if per_step else self.config.trainer.max_epochs
+        length = scheduler_length(self.config.scheduler, self.total_steps, self.config.trainer.max_epochs)
         scheduler = build_scheduler(optimizer, self.config.scheduler, length, self.config.trainer.monitor)
         if isinstance(scheduler, ReduceLROnPlateau):
             self.plateau = scheduler

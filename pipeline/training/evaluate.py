@@ -47,10 +47,7 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
         "num_samples": metrics.num_samples,
         "accuracy": metrics.accuracy,
         "loss": metrics.loss,
-        "recall": {
-            name: recall if recall == recall else None
-            for name, recall in zip(manifest.class_names, metrics.recall, strict=True)
-        },
+        "recall": dict(zip(manifest.class_names, metrics.recall, strict=True)),
         "data_digest": manifest.digest,
         "checkpoint_sha256": record.best["sha256"],
     }

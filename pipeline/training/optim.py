@@ -45,7 +45,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> Optimizer:
         groups = [{"params": trainable}]
     try:
         built: Optimizer = kind(groups, lr=config.lr, **arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # each optimizer has its own way of saying no
         raise ConfigError(f"`optimizer`: {config.name} refuses its arguments: {error}.") from error
     return built
 
@@ -67,12 +67,22 @@ def build_scheduler(optimizer: Optimizer, config: SchedulerConfig, total_steps: 
     for name in LENGTH_ARGUMENTS:
         if name in inspect.signature(kind).parameters:
             arguments.setdefault(name, total_steps)
+    if kind is lr_scheduler.OneCycleLR and arguments["total_steps"] < total_steps:
+        raise ConfigError(
+            f"`scheduler`: OneCycleLR with total_steps {arguments['total_steps']} ends before the training, "
+            f"which takes {total_steps}. Leave `total_steps` out."
+        )
     if kind is lr_scheduler.ReduceLROnPlateau:
         arguments.setdefault("mode", "min" if monitor == "val/loss" else "max")
     try:
         return kind(optimizer, **arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         raise ConfigError(f"`scheduler`: {config.name} refuses its arguments: {error}.") from error
+
+
+def scheduler_length(config: SchedulerConfig, total_steps: int, max_epochs: int) -> int:
+    """How often the scheduler moves in a whole training."""
+    return total_steps if config.interval == "step" else max_epochs
 
 
 def _require_arguments(section: str, kind: type, arguments: dict[str, Any]) -> None:

@@ -1,15 +1,17 @@
 """Everything that would make a rank fail is tried here first, in one process, without Lightning."""
 
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.config import Config
-from pipeline.data.order import local_batch_size
+from pipeline.data.order import local_batch_size, steps_per_epoch
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DatasetManifest, open_index
 from pipeline.models.sequential import build_network, require_forward
-from pipeline.preprocess import build_spec
+from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.task import require_supported
-from pipeline.training.optim import build_optimizer, build_scheduler
+from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
 
 def require_trainable(config: Config, manifest: DatasetManifest, world_size: int) -> None:
@@ -29,5 +31,30 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
         raise ConfigError("`trainer.precision` 16-mixed needs a GPU. Use 32-true.")
     network = build_network(config.model, len(manifest.class_names), spec)
     require_forward(network, spec)
+    batches = steps_per_epoch(num_samples, config.data.global_batch_size, drop_last=config.data.drop_last)
+    length = scheduler_length(config.scheduler, batches * config.trainer.max_epochs, config.trainer.max_epochs)
+    _require_steps(config, network, spec, length)
+
+
+def _require_steps(config: Config, network: nn.Sequential, spec: PreprocessSpec, length: int) -> None:
+    """Let optimizer and scheduler take two steps, on the device of the training: some only then say what they cannot do."""
+    assert spec.fixed_size is not None
+    device = torch.device("cuda" if torch.cuda.device_count() else "cpu")
+    network.to(device)
     optimizer = build_optimizer(network, config.optimizer)
-    build_scheduler(optimizer, config.scheduler, total_steps=1000, monitor=config.trainer.monitor)
+    scheduler = build_scheduler(optimizer, config.scheduler, length, config.trainer.monitor)
+    images = torch.zeros(2, 3, *spec.fixed_size, dtype=torch.uint8, device=device)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.autograd.backward(network(images).square().sum())
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise ConfigError(f"`optimizer`: {config.optimizer.name} cannot take a step: {error}.") from error
+        try:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(1.0)
+            elif scheduler is not None:
+                scheduler.step()
+        except Exception as error:
+            raise ConfigError(f"`scheduler`: {config.scheduler.name} cannot take a step: {error}.") from error

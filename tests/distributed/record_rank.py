@@ -43,5 +43,5 @@ class Recorder(Classifier):
 if __name__ == "__main__":
     import pipeline.training.fit
 
-    pipeline.training.fit.Classifier = Recorder  # type: ignore[misc]
+    vars(pipeline.training.fit)["Classifier"] = Recorder
     raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,167 @@
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
+from pipeline.data.datamodule import ResumableLoader, ShardDataModule
+from pipeline.data.dataset import Batch
+from pipeline.data.order import epoch_order
+from pipeline.errors import DataError, RunError
+from pipeline.manifest import DatasetManifest, open_index
+from pipeline.preprocess import build_spec
+
+# 36 samples are 4 batches of 8 and 4 more.
+CONFIG = DataConfig(global_batch_size=8, shuffle_shards=2, augment=AugmentConfig(rotate_degrees=20.0))
+
+
+def module(manifest: DatasetManifest, config: DataConfig = CONFIG) -> ShardDataModule:
+    spec = build_spec(PreprocessConfig(resize=[8, 8]), manifest.image_stats)
+    return ShardDataModule(manifest, spec, config, seed=1999)
+
+
+def train_loader(manifest: DatasetManifest, config: DataConfig = CONFIG) -> ResumableLoader:
+    return module(manifest, config).train_dataloader()
+
+
+def require_equal(first: Iterable[Batch], second: Iterable[Batch]) -> None:
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one["index"], other["index"])
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["label"], other["label"])
+        assert torch.equal(one["weight"], other["weight"])
+
+
+def test_training_takes_whole_batches_in_the_order_of_the_epoch(tiny_dataset: DatasetManifest) -> None:
+    loader = train_loader(tiny_dataset)
+    loader.batches.sampler.set_epoch(3)
+    sizes = [shard.num_samples for shard in tiny_dataset.split("train").shards]
+    seen = [index for batch in loader for index in batch["index"].tolist()]
+    assert seen == epoch_order(sizes, seed=1999, epoch=3, window=2).tolist()[:32]
+    assert len(loader) == 4
+
+
+def test_training_without_dropping_weighs_the_tail_up(tiny_dataset: DatasetManifest) -> None:
+    *whole, last = train_loader(tiny_dataset, replace(CONFIG, drop_last=False))
+    assert {weight for batch in whole for weight in batch["weight"].tolist()} == {1.0}
+    assert last["weight"].tolist() == [2.0] * 4 + [0.0] * 4
+    assert len({index for batch in (*whole, last) for index in batch["index"].tolist()}) == 36
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_an_evaluation_sees_every_sample_once_in_order_and_unchanged(split: str, tiny_dataset: DatasetManifest) -> None:
+    data = module(tiny_dataset)
+    batches = list(data.evaluation_loader(split))
+    real = [
+        (int(i), int(y))
+        for batch in batches
+        for i, y, w in zip(batch["index"], batch["label"], batch["weight"], strict=True)
+        if w
+    ]
+    assert real == list(enumerate(open_index(tiny_dataset, split)["label"].tolist()))
+    assert {float(weight) for batch in batches for weight in batch["weight"]} <= {0.0, 1.0}
+    require_equal(batches, data.evaluation_loader(split))
+
+
+def test_final_figures_come_from_validation_where_there_is_no_test(tiny_dataset: DatasetManifest) -> None:
+    splits = {"train": tiny_dataset.split("train"), "val": tiny_dataset.split("train")}
+    data = module(replace(tiny_dataset, splits=splits))
+    assert sum(int(batch["weight"].sum()) for batch in data.test_dataloader()) == 36
+
+
+# ---- the cursor ----
+
+
+@pytest.mark.parametrize("num_done", [0, 1, 3])
+def test_a_restored_loader_yields_exactly_the_rest_and_then_the_next_epoch(
+    num_done: int, tiny_dataset: DatasetManifest
+) -> None:
+    undisturbed = train_loader(tiny_dataset)
+    undisturbed.batches.set_epoch(2)
+    expected = list(undisturbed)
+    stopped = train_loader(tiny_dataset)
+    stopped.batches.set_epoch(2)
+    batches = iter(stopped)
+    for _ in range(num_done):
+        next(batches)
+    state = stopped.state_dict()
+    assert (state["epoch"], state["batch"]) == (2, num_done)
+
+    resumed = train_loader(tiny_dataset)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    require_equal(resumed, expected[num_done:])
+    for loader in (resumed, undisturbed):
+        loader.batches.set_epoch(3)
+    require_equal(resumed, undisturbed)
+
+
+def test_a_loader_restored_at_the_end_of_an_epoch_begins_the_next(tiny_dataset: DatasetManifest) -> None:
+    finished = train_loader(tiny_dataset)
+    assert len(list(finished)) == 4
+    state = finished.state_dict()
+    assert (state["epoch"], state["batch"]) == (0, 4)
+    resumed = train_loader(tiny_dataset)
+    resumed.load_state_dict(state)
+    assert (resumed.state_dict()["epoch"], resumed.state_dict()["batch"]) == (1, 0)
+    finished.batches.set_epoch(1)
+    require_equal(resumed, finished)
+
+
+def test_a_loader_that_was_left_in_the_middle_begins_at_the_start_again(tiny_dataset: DatasetManifest) -> None:
+    loader = train_loader(tiny_dataset)
+    next(iter(loader))
+    assert len(list(loader)) == 4
+
+
+@pytest.mark.parametrize("global_batch_size", [4, 9])  # 9 gives as many batches as 8
+def test_the_place_of_a_loader_with_another_batch_size_is_refused(
+    global_batch_size: int, tiny_dataset: DatasetManifest
+) -> None:
+    other = train_loader(tiny_dataset, replace(CONFIG, global_batch_size=global_batch_size))
+    message = rf"made with global_batch_size {global_batch_size}, but here it is 8\. Use --fresh"
+    with pytest.raises(RunError, match=message):
+        train_loader(tiny_dataset).load_state_dict(other.state_dict())
+
+
+def test_the_place_of_a_loader_of_another_data_set_is_refused(tiny_dataset: DatasetManifest) -> None:
+    state = {**train_loader(tiny_dataset).state_dict(), "num_batches": 5}
+    with pytest.raises(RunError, match="made with num_batches 5, but here it is 4"):
+        train_loader(tiny_dataset).load_state_dict(state)
+
+
+# ---- loader processes ----
+
+
+def damage(manifest: DatasetManifest, index: int) -> None:
+    row = open_index(manifest, "train")[index]
+    path = manifest.folder / manifest.split("train").shards[row["shard"]].name
+    content = bytearray(path.read_bytes())
+    content[row["offset"] : row["offset"] + 4] = b"xxxx"
+    path.write_bytes(content)
+
+
+def test_two_loader_processes_give_the_same_batches_and_the_same_error_as_none(copied_dataset: DatasetManifest) -> None:
+    alone = train_loader(copied_dataset, replace(CONFIG, drop_last=False))
+    helped = train_loader(copied_dataset, replace(CONFIG, drop_last=False, num_workers=2, start_method="forkserver"))
+    for epoch in (0, 1):  # the same processes live on: they must not remember the first epoch
+        for loader in (alone, helped):
+            loader.batches.set_epoch(epoch)
+        require_equal(helped, alone)
+    state = alone.state_dict()
+    state["batch"] = 2
+    for loader in (alone, helped):
+        loader.load_state_dict(state)
+    remaining = iter(helped)
+    require_equal([next(remaining)], [next(iter(alone))])
+    assert helped.state_dict()["batch"] == 3  # what was delivered, not what the processes have read ahead
+    del remaining
+
+    damage(copied_dataset, index=7)
+    messages = []
+    for loader in (alone, helped):
+        with pytest.raises(DataError, match=r"train-000001\.tar: sample \S+ cannot be decoded") as refusal:
+            list(loader)
+        messages.append(str(refusal.value))
+    assert messages[0] == messages[1]

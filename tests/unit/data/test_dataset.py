@@ -1,0 +1,119 @@
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import AugmentConfig, PreprocessConfig
+from pipeline.data.augment import augment, build_augmentation
+from pipeline.data.dataset import ShardDataset, ShardReader
+from pipeline.data.order import SampleRef
+from pipeline.errors import DataError
+from pipeline.manifest import DatasetManifest, open_index
+from pipeline.preprocess import PreprocessSpec, build_spec, decode_image
+
+
+def spec_of(manifest: DatasetManifest) -> PreprocessSpec:
+    return build_spec(PreprocessConfig(resize=[8, 10]), manifest.image_stats)
+
+
+def members_of(manifest: DatasetManifest, split: str) -> list[tuple[str, bytes, int]]:
+    """(key, encoded image, label) of every sample, read with tarfile and in the order of the shards."""
+    found = []
+    for shard in manifest.split(split).shards:
+        with tarfile.open(manifest.folder / shard.name) as tar:
+            contents = {member.name: tar.extractfile(member) for member in tar}
+            read = {name: file.read() for name, file in contents.items() if file is not None}
+        for name in read:
+            key, _, extension = name.rpartition(".")
+            if extension == "jpg":
+                found.append((key, read[name], int(read[f"{key}.cls"])))
+    return found
+
+
+def test_a_sample_is_the_image_and_the_label_that_the_tar_holds(tiny_dataset: DatasetManifest) -> None:
+    dataset = ShardDataset(tiny_dataset, "train", spec_of(tiny_dataset))
+    members = members_of(tiny_dataset, "train")
+    assert len(dataset) == len(members) == 36
+    for index, (key, encoded, label) in enumerate(members):
+        image, found = dataset[index]
+        assert (dataset.key(index), dataset.encoded(index), found) == (key, encoded, label)
+        assert image.shape == (3, 8, 10)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), decode_image(encoded, dataset.spec))
+
+
+def test_a_class_has_the_colour_of_its_folder(tiny_dataset: DatasetManifest) -> None:
+    dataset = ShardDataset(tiny_dataset, "val", spec_of(tiny_dataset))
+    for index in range(len(dataset)):
+        image, label = dataset[index]
+        brightest = int(image.float().mean(dim=(1, 2)).argmax())  # 0 red, 1 green, 2 blue
+        assert tiny_dataset.class_names[label] == ("red", "green", "blue")[brightest]
+
+
+def test_a_batch_holds_what_its_references_ask_for_in_their_order(tiny_dataset: DatasetManifest) -> None:
+    dataset = ShardDataset(tiny_dataset, "train", spec_of(tiny_dataset))
+    refs = [SampleRef(35, 0, 1.0), SampleRef(0, 0, 2.5), SampleRef(35, 0, 0.0)]
+    batch = dataset.__getitems__(refs)
+    labels = open_index(tiny_dataset, "train")["label"]
+    assert (batch["image"].shape, batch["image"].dtype) == ((3, 3, 8, 10), torch.uint8)
+    assert torch.equal(batch["image"], torch.stack([dataset[35][0], dataset[0][0], dataset[35][0]]))
+    assert (batch["label"].tolist(), batch["label"].dtype) == ([labels[35], labels[0], labels[35]], torch.int64)
+    assert (batch["weight"].tolist(), batch["weight"].dtype) == ([1.0, 2.5, 0.0], torch.float32)
+    assert (batch["index"].tolist(), batch["index"].dtype) == ([35, 0, 35], torch.int64)
+
+
+def test_an_image_is_augmented_by_the_epoch_of_its_reference_and_its_own_number(tiny_dataset: DatasetManifest) -> None:
+    augmentation = build_augmentation(AugmentConfig(rotate_degrees=30.0), (8, 10))
+    assert augmentation is not None
+    plain = ShardDataset(tiny_dataset, "train", spec_of(tiny_dataset))
+    dataset = ShardDataset(tiny_dataset, "train", spec_of(tiny_dataset), augmentation, seed=5)
+    batch = dataset.__getitems__([SampleRef(3, 0, 1.0), SampleRef(3, 1, 1.0), SampleRef(4, 1, 1.0)])
+    expected = [augment(plain.image(index), augmentation, 5, epoch, index) for index, epoch in ((3, 0), (3, 1), (4, 1))]
+    assert torch.equal(batch["image"], torch.stack(expected))
+    assert not torch.equal(batch["image"][0], batch["image"][1])
+
+
+def test_a_data_set_can_be_sent_to_another_process(tiny_dataset: DatasetManifest) -> None:
+    dataset = ShardDataset(tiny_dataset, "train", spec_of(tiny_dataset))
+    dataset.encoded(0)  # opens a file, which must not travel
+    sent = pickle.loads(pickle.dumps(dataset))
+    assert [sent.encoded(index) for index in range(36)] == [dataset.encoded(index) for index in range(36)]
+
+
+def test_an_image_that_cannot_be_decoded_is_named_by_shard_and_sample(copied_dataset: DatasetManifest) -> None:
+    dataset = ShardDataset(copied_dataset, "train", spec_of(copied_dataset))
+    row = dataset.rows[7]
+    path = copied_dataset.folder / "train-000001.tar"
+    content = bytearray(path.read_bytes())
+    content[row["offset"] : row["offset"] + 4] = b"xxxx"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"train-000001\.tar: sample {dataset.key(7)} cannot be decoded \(cannot identify"):
+        dataset.image(7)
+
+
+def test_a_shard_that_is_cut_short_while_training_is_reported_by_name(copied_dataset: DatasetManifest) -> None:
+    dataset = ShardDataset(copied_dataset, "train", spec_of(copied_dataset))
+    path = copied_dataset.folder / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"train-000000\.tar: ends before byte \d+\. It was cut short"):
+        dataset.image(4)
+
+
+def test_a_shard_that_vanishes_while_training_is_reported_by_name(copied_dataset: DatasetManifest) -> None:
+    dataset = ShardDataset(copied_dataset, "train", spec_of(copied_dataset))
+    (copied_dataset.folder / "train-000000.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000000\.tar: shard is missing"):
+        dataset.image(0)
+
+
+def test_a_reader_of_many_shards_keeps_only_a_few_open(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.tar" for number in range(5)]
+    for number, path in enumerate(paths):
+        path.write_bytes(b"0123456789" + str(number).encode())
+    reader = ShardReader(paths, max_open=2)
+    for _ in range(2):
+        assert [reader.read(number, offset=9, size=2) for number in range(5)] == [b"9%d" % number for number in range(5)]
+    still_open = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and link.readlink() in paths]
+    assert len(still_open) == 2

@@ -1,0 +1,170 @@
+import hashlib
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.data.order import GlobalBatchSampler, SampleRef, epoch_order, local_batch_size, mix, steps_per_epoch
+from pipeline.errors import ConfigError
+
+SHARD_SIZES = [4, 3, 5, 2]
+
+
+def sampler(**changes: Any) -> GlobalBatchSampler:
+    arguments: dict[str, Any] = {
+        "shard_sizes": SHARD_SIZES,
+        "global_batch_size": 6,
+        "seed": 1999,
+        "rank": 0,
+        "world_size": 1,
+        "window": 2,
+        "shuffle": True,
+        "drop_last": False,
+    }
+    return GlobalBatchSampler(**{**arguments, **changes})
+
+
+def global_batches(world_size: int, **changes: Any) -> list[list[SampleRef]]:
+    """What all ranks together see in each step."""
+    ranks = [list(sampler(rank=rank, world_size=world_size, **changes)) for rank in range(world_size)]
+    return [[ref for batch in step for ref in batch] for step in zip(*ranks, strict=True)]
+
+
+# ---- the order ----
+
+
+def test_the_order_is_the_one_that_every_run_so_far_was_trained_in() -> None:
+    # numpy keeps its bit generators the same for ever, but not `shuffle` or `permutation`; hence a sort by raw Philox words.
+    # If these numbers change, no interrupted run can go on in its order and no past step can be replayed.
+    assert epoch_order(SHARD_SIZES, seed=1999, epoch=0, window=2).tolist() == [8, 13, 12, 9, 7, 10, 11, 3, 1, 6, 5, 2, 0, 4]
+    assert epoch_order(SHARD_SIZES, seed=1999, epoch=1, window=2).tolist() == [0, 2, 13, 3, 12, 1, 8, 9, 6, 4, 7, 11, 5, 10]
+
+
+def test_numbers_are_mixed_the_same_way_on_every_machine() -> None:
+    little_endian = struct.pack("<3q", 1999, 0, 3)
+    assert mix(1999, 0, 3) == int.from_bytes(hashlib.blake2b(little_endian, digest_size=8).digest(), "little") >> 1
+    assert mix(1999, 0, 3) == 1902691182255263826
+    assert len({mix(1, 2), mix(2, 1), mix(1, 2, 0), mix(-1, 2)}) == 4
+
+
+@pytest.mark.parametrize("shard_sizes", [[1], [7], SHARD_SIZES, [5] * 20, [1, 100, 1]])
+@pytest.mark.parametrize("window", [1, 2, 100])
+def test_every_sample_comes_exactly_once(shard_sizes: list[int], window: int) -> None:
+    order = epoch_order(shard_sizes, seed=3, epoch=4, window=window)
+    assert sorted(order.tolist()) == list(range(sum(shard_sizes)))
+
+
+def test_every_epoch_and_every_seed_has_its_own_order() -> None:
+    orders = {tuple(epoch_order([5] * 4, seed, epoch, window=2).tolist()) for seed in range(10) for epoch in range(10)}
+    assert len(orders) == 100
+
+
+def test_samples_are_mixed_within_a_window_of_shards_and_not_beyond() -> None:
+    order = epoch_order([5] * 8, seed=1999, epoch=0, window=2)
+    windows = [sorted({int(sample) // 5 for sample in order[first : first + 10]}) for first in range(0, 40, 10)]
+    assert [len(shards) for shards in windows] == [2, 2, 2, 2]
+    assert sorted(shard for shards in windows for shard in shards) == list(range(8))
+    assert windows != sorted(windows)  # the shards were shuffled
+    assert any(abs(a - b) != 1 for a, b in windows)  # and do not keep their neighbours
+    assert all(order[first : first + 10].tolist() != sorted(order[first : first + 10]) for first in range(0, 40, 10))
+
+
+def test_every_sample_comes_first_equally_often() -> None:
+    firsts = [int(epoch_order([2, 3, 1], seed, epoch=0, window=3)[0]) for seed in range(3000)]
+    # Binomial with n = 3000, p = 1/6: mean 500, standard deviation 20.4; five of them over six samples miss once in 10^5.
+    np.testing.assert_allclose(np.bincount(firsts, minlength=6), 500, rtol=0, atol=5 * 20.4)
+
+
+# ---- global batches ----
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_ranks_sees_the_same_samples_in_the_same_step(world_size: int, drop_last: bool, shuffle: bool) -> None:
+    together = global_batches(world_size, drop_last=drop_last, shuffle=shuffle)
+    assert together == global_batches(1, drop_last=drop_last, shuffle=shuffle)
+    order = epoch_order(SHARD_SIZES, 1999, 0, window=2).tolist() if shuffle else list(range(14))
+    for number, batch in enumerate(together):
+        real = [ref.sample_index for ref in batch if ref.weight]
+        assert real == order[6 * number : 6 * number + 6]
+        assert len(batch) == 6
+
+
+def test_training_drops_the_tail_to_whole_batches_and_another_tail_every_epoch() -> None:
+    seen = []
+    for epoch in range(20):
+        batches = sampler(drop_last=True)
+        batches.set_epoch(epoch)
+        assert [len(batch) for batch in batches] == [6, 6]
+        seen.append({ref.sample_index for batch in batches for ref in batch})
+    assert all(len(samples) == 12 for samples in seen)
+    assert set.union(*seen) == set(range(14))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_weighted_mean_of_a_padded_batch_is_the_mean_of_its_real_samples(world_size: int) -> None:
+    last = global_batches(world_size)[-1]
+    losses = np.random.default_rng(0).normal(size=14)
+    # As in training: each rank takes the mean of weight x loss over its rows, and all-reduce the mean over the ranks.
+    per_rank = [
+        np.mean([ref.weight * losses[ref.sample_index] for ref in last[first : first + 6 // world_size]])
+        for first in range(0, 6, 6 // world_size)
+    ]
+    order = epoch_order(SHARD_SIZES, 1999, 0, window=2)
+    # Two or three sums in another order: a few units in the last place of float64.
+    np.testing.assert_allclose(np.mean(per_rank), losses[order[12:]].mean(), rtol=1e-14, atol=1e-15)
+    assert [ref.weight for ref in last] == [3.0, 3.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_an_evaluation_weighs_each_sample_once_and_padding_nothing(world_size: int) -> None:
+    refs = [ref for batch in global_batches(world_size, shuffle=False) for ref in batch]
+    weights = np.zeros(14)
+    for ref in refs:
+        weights[ref.sample_index] += ref.weight
+    assert weights.tolist() == [1.0] * 14
+    assert len(refs) == 18
+
+
+def test_a_data_set_smaller_than_a_batch_is_one_padded_batch_on_every_rank() -> None:
+    ranks = [list(sampler(shard_sizes=[2], rank=rank, world_size=3)) for rank in range(3)]
+    assert [[ref.weight for batch in batches for ref in batch] for batches in ranks] == [[3.0, 3.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_an_epoch_can_begin_in_the_middle_once(start: int) -> None:
+    batches = sampler()
+    whole = list(batches)
+    batches.start = start
+    assert list(batches) == whole[start:]
+    assert list(batches) == whole
+
+
+def test_every_reference_carries_its_epoch_and_lightning_can_set_it() -> None:
+    batches = sampler()
+    batches.sampler.set_epoch(7)  # Lightning looks for set_epoch on `batch_sampler.sampler`
+    assert {ref.epoch for batch in batches for ref in batch} == {7}
+    assert [ref.sample_index for batch in batches for ref in batch if ref.weight] == epoch_order(
+        SHARD_SIZES, 1999, 7, 2
+    ).tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "drop_last", "steps"),
+    [(12, True, 2), (12, False, 2), (13, True, 2), (13, False, 3), (5, True, 0), (5, False, 1)],
+)
+def test_the_steps_of_an_epoch_are_whole_batches_or_also_a_padded_one(num_samples: int, drop_last: bool, steps: int) -> None:
+    assert steps_per_epoch(num_samples, 6, drop_last=drop_last) == steps
+    batches = sampler(shard_sizes=[num_samples], drop_last=drop_last)
+    assert len(batches) == len(list(batches)) == steps
+
+
+@pytest.mark.parametrize(("global_batch_size", "world_size", "choices"), [(64, 3, "63 or 66"), (2, 3, "3"), (10, 4, "8 or 12")])
+def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_nearest_ones(
+    global_batch_size: int, world_size: int, choices: str
+) -> None:
+    message = f"is {global_batch_size}, which {world_size} processes cannot share equally. Set it to {choices}, or start"
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        local_batch_size(global_batch_size, world_size)

@@ -1,0 +1,1 @@
+"""Networks: their shapes, their order, their first loss."""

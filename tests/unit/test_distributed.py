@@ -1,0 +1,285 @@
+"""The front door's child is a stand-in here, and ranks that end are real processes. tests/distributed has real torchruns."""
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.distributed import EXIT_DIR, LAUNCHER_PID, RankOutcome, launch, num_processes, read_outcomes
+from pipeline.errors import ConfigError
+
+LIMIT_SECONDS = 20.0
+
+
+# ---- how many processes ----
+
+
+@pytest.mark.parametrize(
+    ("procs", "gpus", "expected"),
+    [("", 0, 2), ("", 4, 4), ("3", 0, 3), ("1", 0, 1), (" 2 ", 4, 2), ("4", 4, 4)],
+)
+def test_procs_or_the_machine_says_how_many_processes(
+    monkeypatch: pytest.MonkeyPatch, procs: str, gpus: int, expected: int
+) -> None:
+    monkeypatch.setenv("PROCS", procs)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert num_processes() == expected
+
+
+@pytest.mark.parametrize(
+    ("procs", "gpus", "message"),
+    [
+        *((procs, 0, f"PROCS is '{procs}'; it must be a whole number") for procs in ("0", "-2", "two", "1.5", "²")),
+        ("5", 4, "PROCS is 5, but this machine has 4 GPUs"),
+    ],
+)
+def test_an_impossible_procs_is_refused(monkeypatch: pytest.MonkeyPatch, procs: str, gpus: int, message: str) -> None:
+    monkeypatch.setenv("PROCS", procs)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ConfigError, match=message):
+        num_processes()
+
+
+# ---- one exit code for all ranks ----
+
+
+class Child:
+    """In place of torchrun: leaves `outcomes`, may get a signal meanwhile, and ends with `returned`."""
+
+    outcomes: tuple[RankOutcome, ...] = ()
+    returned = 0
+    interrupted_by: signal.Signals | None = None
+
+    def __init__(self, command: list[str], env: dict[str, str], start_new_session: bool) -> None:
+        self.exit_dir = Path(env[EXIT_DIR])
+        self.passed_on: list[int] = []
+
+    def wait(self) -> int:
+        for outcome in self.outcomes:
+            (self.exit_dir / f"rank-{outcome.rank}.json").write_text(json.dumps(asdict(outcome)))
+        if self.interrupted_by is not None:
+            os.kill(os.getpid(), self.interrupted_by)
+            os.kill(os.getpid(), self.interrupted_by)
+            deadline = time.monotonic() + LIMIT_SECONDS
+            while not self.passed_on and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert self.passed_on == [self.interrupted_by], "torchrun gets a signal once, however often it is sent"
+        return self.returned
+
+    def send_signal(self, number: int) -> None:
+        self.passed_on.append(number)
+
+
+Launch = Callable[..., int]
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launch:
+    """The exit code of the front door when torchrun and its two ranks ended like this."""
+
+    def conclude(*outcomes: RankOutcome, returned: int = 0, by: signal.Signals | None = None) -> int:
+        child = type("Stand", (Child,), {"outcomes": outcomes, "returned": returned, "interrupted_by": by})
+        monkeypatch.setattr(subprocess, "Popen", child)
+        return launch(["train"], tmp_path / "run", processes=2)
+
+    return conclude
+
+
+def test_ranks_that_all_end_well_are_success(ended: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(RankOutcome(0, 0, ""), RankOutcome(1, 0, "")) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_a_mistake_on_one_rank_is_the_message_whatever_the_others_said_before(
+    ended: Launch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    consequence = RankOutcome(0, 1, "RuntimeError: Connection closed by peer", details="Traceback ...", time=10.0)
+    cause = RankOutcome(1, code, "train-000003.tar: shard is missing.", time=10.2)
+    assert ended(consequence, cause, returned=1) == code
+    assert capsys.readouterr().err == "shardline: error: train-000003.tar: shard is missing.\n"
+
+
+@pytest.mark.parametrize(
+    "consequence",
+    [
+        RankOutcome(0, 1, "RuntimeError: Connection closed by peer", details="Traceback: gloo\n", time=10.9),
+        # torchrun rounds the time of a process without a message down to whole seconds: it seems to have ended first.
+        RankOutcome(0, -signal.SIGTERM, "was killed by SIGTERM.", time=10.0),
+        # A rank that hangs in a collective does not heed SIGTERM; torchrun kills it after 30 seconds.
+        RankOutcome(0, -signal.SIGKILL, "was killed by SIGKILL (often: out of memory).", time=41.0),
+    ],
+    ids=["peer lost", "ended by torchrun", "killed by torchrun"],
+)
+def test_a_bug_on_one_rank_is_told_with_its_traceback_and_exit_1(
+    ended: Launch, capsys: pytest.CaptureFixture[str], consequence: RankOutcome
+) -> None:
+    cause = RankOutcome(1, 1, "ZeroDivisionError: division by zero", details="Traceback: line 7\n", time=10.7)
+    assert ended(consequence, cause, returned=1) == 1
+    said = capsys.readouterr().err
+    assert said == "shardline: error: rank 1: ZeroDivisionError: division by zero\nTraceback: line 7\n"
+
+
+def test_a_killed_rank_is_the_cause_though_its_peer_complained_before_torchrun_looked(
+    ended: Launch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Killed at 10.95; torchrun looks ten times a second and so notices at 11.
+    consequence = RankOutcome(0, 1, "RuntimeError: Connection closed by peer", details="Traceback: gloo\n", time=10.97)
+    cause = RankOutcome(1, -signal.SIGKILL, "was killed by SIGKILL (often: out of memory).", time=11.0)
+    assert ended(consequence, cause, returned=1) == 1
+    assert "rank 1: was killed by SIGKILL (often: out of memory)" in capsys.readouterr().err
+
+
+def test_ranks_that_stopped_after_saving_give_128_and_the_signal(ended: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = [RankOutcome(rank, 143, "stopped by SIGTERM after step 7, saved.", time=10.0 + rank) for rank in (0, 1)]
+    assert ended(*stopped, returned=143, by=signal.SIGTERM) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM after step 7, saved.\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_training_began_is_passed_on_once_and_says_that_nothing_was_lost(
+    ended: Launch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    assert ended(returned=128 + number, by=number) == 128 + number
+    assert "stopped before training began; nothing to save" in capsys.readouterr().err
+    assert {each: signal.getsignal(each) for each in before} == before, "the handlers are those of before"
+
+
+@pytest.mark.parametrize(
+    ("returned", "why"),
+    [(-9, r"by signal 9 \(SIGKILL\) before ranks \[0, 1\]"), (0, r"with code 0 before ranks \[0, 1\]")],
+)
+def test_a_launcher_that_ends_before_its_ranks_is_an_error(
+    ended: Launch, capsys: pytest.CaptureFixture[str], tmp_path: Path, returned: int, why: str
+) -> None:
+    # Outcomes of an earlier try must not be taken for this one's.
+    (tmp_path / "run/exit").mkdir(parents=True)
+    for rank in (0, 1):
+        (tmp_path / f"run/exit/rank-{rank}.json").write_text(json.dumps(asdict(RankOutcome(rank, 0, ""))))
+    assert ended(returned=returned) == 1
+    assert re.search(why, capsys.readouterr().err)
+
+
+def test_outcomes_are_read_in_the_order_in_which_ranks_ended(tmp_path: Path) -> None:
+    outcomes = [
+        RankOutcome(0, 1, "last", "details", 12.5),
+        RankOutcome(1, 0, "", "", 11.0),
+        RankOutcome(2, -9, "first", "", 3.0),
+    ]
+    for outcome in outcomes:
+        (tmp_path / f"rank-{outcome.rank}.json").write_text(json.dumps(asdict(outcome)))
+    (tmp_path / "other.json").write_text("not an outcome")
+    assert read_outcomes(tmp_path) == sorted(outcomes, key=lambda outcome: outcome.time)
+
+
+# ---- processes that end ----
+
+
+def python(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in (LAUNCHER_PID, EXIT_DIR, "RANK")}
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        env={**kept, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+RANK = """
+import sys
+from pathlib import Path
+from pipeline.distributed import run_rank
+from pipeline.errors import DataError
+
+def work():
+    {work}
+
+raise SystemExit(run_rank(work, Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "message", "details"),
+    [
+        ("pass", 0, "", ""),
+        ("raise DataError('val-000000.tar: shard is missing.')", 2, "val-000000.tar: shard is missing.", ""),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero", "Traceback"),
+        ("raise OSError(28, 'No space left on device', 'last.ckpt')", 2, "last.ckpt: No space left on device. The disk", ""),
+    ],
+)
+def test_a_rank_leaves_how_it_ended(tmp_path: Path, work: str, code: int, message: str, details: str) -> None:
+    process = python(RANK.format(work=work), str(tmp_path), RANK="1")
+    _, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == code, errors
+    (outcome,) = read_outcomes(tmp_path)
+    assert (outcome.rank, outcome.exit_code) == (1, code)
+    assert outcome.message.startswith(message)
+    assert outcome.details.startswith(details)
+    assert message in errors, "without a front door the rank speaks for itself"
+
+
+BOUND = """
+import sys, time
+from pipeline.distributed import die_with
+die_with(int(sys.argv[1]))
+print("bound", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_dies_with_the_one_that_it_is_bound_to() -> None:
+    other = python("import time; time.sleep(60)")
+    processes = [other, bound := python(BOUND, str(other.pid))]
+    try:
+        assert bound.stdout is not None
+        assert bound.stdout.readline() == "bound\n"
+        assert bound.poll() is None
+        other.kill()
+        assert bound.wait(timeout=LIMIT_SECONDS) == 1
+        other.wait(timeout=LIMIT_SECONDS)
+        processes.append(late := python(BOUND, str(other.pid)))
+        assert late.wait(timeout=LIMIT_SECONDS) == 1, "the other had already ended"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_rank_dies_with_a_launcher_that_is_killed() -> None:
+    rank = "from pipeline.distributed import die_with_parent; die_with_parent(); print('up', flush=True); input()"
+    launcher = python(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "child.stdout.readline(); print(child.pid, flush=True); time.sleep(60)",
+        rank,
+    )
+    try:
+        assert launcher.stdout is not None
+        descriptor = os.pidfd_open(int(launcher.stdout.readline()))
+        launcher.kill()
+        ended, _, _ = select.select([descriptor], [], [], LIMIT_SECONDS)
+        assert ended, "the rank lives on"
+        os.close(descriptor)
+    finally:
+        launcher.kill()
+        launcher.communicate()
+
+
+def test_a_rank_whose_launcher_had_already_ended_does_nothing() -> None:
+    process = python(
+        "from pipeline.distributed import die_with_parent; die_with_parent(); print('went on')", SHARDLINE_LAUNCHER_PID="1"
+    )
+    said, _ = process.communicate(timeout=LIMIT_SECONDS)
+    assert (process.returncode, said) == (1, "")

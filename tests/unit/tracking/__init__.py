@@ -1,0 +1,1 @@
+"""The MLflow run of a job, in a sqlite file of its own."""

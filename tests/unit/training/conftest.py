@@ -1,0 +1,102 @@
+"""A training in this process: Lightning on the CPU, 36 images, the pipeline's own loaders and module."""
+
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from pipeline.config import Config
+from pipeline.data.datamodule import ShardDataModule
+from pipeline.data.order import steps_per_epoch
+from pipeline.manifest import DatasetManifest
+from pipeline.models.sequential import build_network
+from pipeline.preprocess import PreprocessSpec, build_spec
+from pipeline.run import RunRecord
+from pipeline.training.checkpoint_writer import DurableCheckpointIO
+from pipeline.training.classifier import Classifier
+
+Fit = Callable[..., Classifier]
+
+
+def change(config: Config, section: str, **values: Any) -> Config:
+    """The configuration with some settings of one section changed."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+@pytest.fixture
+def spec(tiny_config: Config, tiny_dataset: DatasetManifest) -> PreprocessSpec:
+    """The preprocessing of the tiny run."""
+    return build_spec(tiny_config.preprocess, tiny_dataset.image_stats)
+
+
+@pytest.fixture
+def record(tiny_config: Config, tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> RunRecord:
+    """The tiny run's record, not written to disk."""
+    mlflow: dict[str, str | None] = {"uri": None, "experiment": None, "run_id": "e" * 32}
+    identity = (tiny_config.identity(), tiny_dataset.digest, spec.hash())
+    return RunRecord("tiny", "a" * 32, *identity, git={}, mlflow=mlflow, folder=tiny_config.run_dir)
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Whatever handlers a training installs are gone after the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def make_classifier(tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> Callable[[Config], Classifier]:
+    """A function that gives the module of a configuration, its weights drawn from the seed."""
+
+    def make(config: Config) -> Classifier:
+        L.seed_everything(config.seed, verbose=False)
+        network = build_network(config.model, len(tiny_dataset.class_names), spec)
+        steps = steps_per_epoch(36, config.data.global_batch_size, drop_last=config.data.drop_last)
+        return Classifier(network, config, len(tiny_dataset.class_names), total_steps=steps * config.trainer.max_epochs)
+
+    return make
+
+
+@pytest.fixture
+def fit(
+    tiny_dataset: DatasetManifest, spec: PreprocessSpec, make_classifier: Callable[[Config], Classifier], own_signals: None
+) -> Fit:
+    """A function that trains a configuration with some callbacks, from a checkpoint if one is given."""
+
+    def train(config: Config, *callbacks: L.Callback, resume: Path | None = None) -> Classifier:
+        module = make_classifier(config)
+        data = ShardDataModule(tiny_dataset, spec, config.data, config.seed)
+        make_trainer(config, *callbacks).fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        return module
+
+    return train
+
+
+def make_trainer(config: Config, *callbacks: L.Callback) -> L.Trainer:
+    """As `fit.build_trainer` makes it, but for one process without DDP."""
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=config.trainer.max_epochs,
+        plugins=[DurableCheckpointIO()],
+        callbacks=list(callbacks),
+        logger=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=config.run_dir,
+    )
+
+
+def weights_of(module: Classifier) -> torch.Tensor:
+    """Every weight and running statistic in one row."""
+    return torch.cat([tensor.detach().double().flatten() for tensor in module.network.state_dict().values()])

@@ -1,0 +1,213 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+
+from pipeline.config import Config
+from pipeline.data.datamodule import ShardDataModule
+from pipeline.data.dataset import Batch, ShardDataset
+from pipeline.manifest import DatasetManifest
+from pipeline.preprocess import PreprocessSpec
+from pipeline.task import Metrics, sample_losses
+from pipeline.training.classifier import Classifier, monitored
+from tests.unit.training.conftest import Fit, change, make_trainer, weights_of
+
+MakeClassifier = Callable[[Config], Classifier]
+
+
+def split_of(manifest: DatasetManifest, spec: PreprocessSpec, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images (N, 3, H, W) and labels (N,) of a split."""
+    dataset = ShardDataset(manifest, name, spec)
+    pairs = [dataset[index] for index in range(len(dataset))]
+    return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+
+# ---- the loss ----
+
+
+def batch_of(weights: list[float]) -> Batch:
+    number = len(weights)
+    images = torch.randint(0, 256, (number, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(number) % 3
+    return Batch(image=images, label=labels, weight=torch.tensor(weights), index=torch.arange(number))
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 4, [4 / 3] * 3 + [0.0]], ids=["whole", "padded"])
+def test_the_loss_is_the_mean_over_the_real_samples(
+    tiny_config: Config, make_classifier: MakeClassifier, weights: list[float]
+) -> None:
+    module = make_classifier(change(tiny_config, "model", dropout=0.0, norm="group"))
+    batch = batch_of(weights)
+    real = batch["weight"] > 0
+    loss = module.training_step(batch, 0).detach()
+    logits = module(batch["image"])[real].detach()
+    expected = sample_losses(logits, batch["label"][real])
+    # The same few float32 numbers, added in another order.
+    assert float(loss) == pytest.approx(float(expected.mean()), rel=1e-6)
+    summed, correct, weight = module.step_sums.tolist()
+    assert summed / weight == pytest.approx(float(expected.mean()), rel=1e-6)
+    right = (logits.argmax(dim=1) == batch["label"][real]).double().mean()
+    assert correct / weight == pytest.approx(float(right), rel=1e-6)
+
+
+class Interfere(L.Callback):
+    """Draws random numbers between steps, as any other callback may."""
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        torch.rand(3)
+
+
+class RecordMasks(L.Callback):
+    """Keeps which features dropout let through in each step."""
+
+    def __init__(self) -> None:
+        self.masks: list[torch.Tensor] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        dropout = next(each for each in module.modules() if isinstance(each, nn.Dropout))
+        dropout.register_forward_hook(lambda _, __, output: self.masks.append(output == 0))
+
+
+def test_dropout_depends_on_the_step_and_not_on_what_ran_before(tiny_config: Config, fit: Fit) -> None:
+    config = change(change(tiny_config, "model", dropout=0.5), "trainer", max_epochs=2)
+    quiet, disturbed = RecordMasks(), RecordMasks()
+    undisturbed_weights = weights_of(fit(config, quiet))
+    disturbed_weights = weights_of(fit(config, disturbed, Interfere()))
+    assert torch.equal(undisturbed_weights, disturbed_weights)
+    training = [mask for mask in quiet.masks if mask.shape[0] == 8]
+    assert not torch.equal(training[0], training[1]), "each step has a mask of its own"
+    other_seed = fit(Config(**{**vars(config), "seed": 2000}))
+    assert not torch.equal(weights_of(other_seed), undisturbed_weights)
+
+
+# ---- evaluation ----
+
+
+def test_validation_gives_the_figures_of_the_whole_split(
+    tiny_config: Config, tiny_dataset: DatasetManifest, spec: PreprocessSpec, fit: Fit
+) -> None:
+    module = fit(change(tiny_config, "trainer", max_epochs=1))
+    images, labels = split_of(tiny_dataset, spec, "val")
+    module.network.eval()
+    with torch.no_grad():
+        logits = module.network(images)
+    assert module.metrics is not None
+    assert module.metrics.num_samples == 12  # a batch of 8 and one of 4 and 4 padding rows
+    assert module.metrics.accuracy == float((logits.argmax(dim=1) == labels).double().mean())
+    # Convolutions over another batch size differ in the last bits of float32.
+    assert module.metrics.loss == pytest.approx(float(sample_losses(logits, labels).mean()), rel=1e-5)
+
+
+def test_a_test_keeps_the_prediction_of_each_sample_in_order(
+    tiny_config: Config, tiny_dataset: DatasetManifest, spec: PreprocessSpec, make_classifier: MakeClassifier
+) -> None:
+    module = make_classifier(tiny_config)
+    data = ShardDataModule(tiny_dataset, spec, tiny_config.data, tiny_config.seed)
+    make_trainer(tiny_config).test(module, datamodule=data, verbose=False)
+    images, labels = split_of(tiny_dataset, spec, "test")
+    with torch.no_grad():
+        confidence, predicted = module.network.eval()(images).softmax(dim=1).max(dim=1)
+    (rows,) = module.predictions  # (N, 4)
+    assert rows[:, 0].tolist() == list(range(12))
+    assert torch.equal(rows[:, 1].long(), labels)
+    assert torch.equal(rows[:, 2].long(), predicted)
+    torch.testing.assert_close(rows[:, 3].float(), confidence, rtol=1e-5, atol=1e-6)  # as above
+
+
+def test_the_monitor_decides_by_accuracy_or_loss(tiny_config: Config) -> None:
+    metrics = Metrics(4, accuracy=0.75, loss=0.5, recall=[])
+    assert monitored(change(tiny_config, "trainer", monitor="val/accuracy"), metrics) == 0.75
+    assert monitored(change(tiny_config, "trainer", monitor="val/loss"), metrics) == 0.5
+
+
+# ---- optimizer and scheduler ----
+
+
+@pytest.mark.parametrize(("interval", "length"), [("step", 4 * 5), ("epoch", 5)])
+def test_a_schedule_is_as_long_as_the_training_in_its_own_unit(
+    tiny_config: Config, make_classifier: MakeClassifier, interval: str, length: int
+) -> None:
+    config = change(change(tiny_config, "trainer", max_epochs=5), "scheduler", name="CosineAnnealingLR", interval=interval)
+    built = make_classifier(config).configure_optimizers()
+    scheduler = built["lr_scheduler"]["scheduler"]
+    assert isinstance(scheduler, CosineAnnealingLR)
+    assert scheduler.T_max == length
+    assert built["lr_scheduler"]["interval"] == interval
+
+
+def test_the_learning_rate_has_run_its_course_when_training_ends(tiny_config: Config, fit: Fit) -> None:
+    config = change(change(tiny_config, "trainer", max_epochs=3), "scheduler", name="CosineAnnealingLR")
+    seen: list[float] = []
+
+    class Rates(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+            seen.append(float(trainer.optimizers[0].param_groups[0]["lr"]))
+
+    fit(config, Rates())
+    expected = [1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
+    assert seen == pytest.approx(expected, rel=1e-6, abs=1e-12)  # torch computes it by recursion
+
+
+def test_a_plateau_lowers_the_rate_and_its_place_survives_a_restart(
+    tiny_config: Config, make_classifier: MakeClassifier
+) -> None:
+    args = {"patience": 1, "factor": 0.1}
+    config = change(change(tiny_config, "scheduler", name="ReduceLROnPlateau", args=args), "trainer", monitor="val/loss")
+    first = make_classifier(config)
+    optimizer = first.configure_optimizers()
+    assert isinstance(first.plateau, ReduceLROnPlateau)
+    for loss in (1.0, 2.0):  # one bad epoch, which patience forgives
+        first.plateau.step(loss)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    checkpoint: dict[str, Any] = {}
+    first.on_save_checkpoint(checkpoint)
+
+    resumed = make_classifier(config)
+    resumed.on_load_checkpoint(checkpoint)
+    optimizer = resumed.configure_optimizers()
+    assert resumed.plateau is not None
+    resumed.plateau.step(2.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4, rel=1e-12)
+
+
+def test_a_plateau_moves_once_a_validation(tiny_config: Config, fit: Fit) -> None:
+    args = {"patience": 0, "factor": 0.5, "threshold": 1e9, "threshold_mode": "abs"}  # nothing is ever an improvement
+    config = change(change(tiny_config, "scheduler", name="ReduceLROnPlateau", args=args), "trainer", max_epochs=3)
+    module = fit(config)
+    optimizer = module.optimizers()
+    assert not isinstance(optimizer, list)
+    # The first epoch is measured against infinity, so the second and the third count.
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**2, rel=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_two_steps_on_a_gpu_give_equal_weights_twice(
+    tiny_config: Config, make_classifier: MakeClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def weights() -> torch.Tensor:
+        module = make_classifier(change(tiny_config, "model", dropout=0.5)).cuda()
+        optimizer = module.configure_optimizers()
+        batch = batch_of([1.0] * 8)
+        on_gpu = Batch(
+            image=batch["image"].cuda(), label=batch["label"].cuda(), weight=batch["weight"].cuda(), index=batch["index"]
+        )
+        for number in range(2):
+            module.on_train_batch_start(on_gpu, number)
+            optimizer.zero_grad()
+            torch.autograd.backward(module.training_step(on_gpu, number))
+            optimizer.step()
+        return weights_of(module).cpu()
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(weights(), weights())
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,192 @@
+import copy
+import re
+from typing import Any, Literal
+
+import pytest
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
+
+from pipeline.config import ModelConfig, OptimizerConfig, PreprocessConfig, SchedulerConfig
+from pipeline.errors import ConfigError
+from pipeline.manifest import ImageStats
+from pipeline.models.sequential import build_network
+from pipeline.preprocess import build_spec
+from pipeline.training.optim import build_optimizer, build_scheduler
+
+
+@pytest.fixture
+def network() -> nn.Sequential:
+    """A convolution, a BatchNorm and a linear layer."""
+    spec = build_spec(PreprocessConfig(resize=[4, 4]), ImageStats("train", [0.5] * 3, [0.25] * 3))
+    return build_network(ModelConfig(channels=[4]), 2, spec)
+
+
+@pytest.fixture
+def optimizer(network: nn.Sequential) -> Optimizer:
+    """Plain SGD for schedulers to move."""
+    return build_optimizer(network, OptimizerConfig(lr=0.1))
+
+
+# ---- optimizers ----
+
+
+def test_sgd_has_the_customary_momentum_unless_another_is_given(network: nn.Sequential) -> None:
+    customary = build_optimizer(network, OptimizerConfig(name="SGD", lr=0.25))
+    assert isinstance(customary, SGD)
+    assert [(group["lr"], group["momentum"]) for group in customary.param_groups] == [(0.25, 0.9)] * 2
+    given = build_optimizer(network, OptimizerConfig(name="SGD", args={"momentum": 0.0}))
+    assert [group["momentum"] for group in given.param_groups] == [0.0] * 2
+
+
+def test_building_an_optimizer_leaves_its_configuration_alone(network: nn.Sequential) -> None:
+    config = OptimizerConfig(name="SGD", args={"weight_decay": 0.1})
+    before = copy.deepcopy(config)
+    build_optimizer(network, config)
+    assert config == before
+
+
+@pytest.mark.parametrize(("name", "args", "decay"), [("SGD", {"weight_decay": 0.1}, 0.1), ("AdamW", {}, 0.01)])
+def test_weight_decay_falls_on_weights_and_never_on_biases_or_norms(
+    network: nn.Sequential, name: str, args: dict[str, Any], decay: float
+) -> None:
+    built = build_optimizer(network, OptimizerConfig(name=name, args=args))
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    decays = {names[each]: group["weight_decay"] for group in built.param_groups for each in group["params"]}
+    assert decays == {
+        "features.0.weight": decay,
+        "features.1.weight": 0.0,
+        "features.1.bias": 0.0,
+        "classifier.2.weight": decay,
+        "classifier.2.bias": 0.0,
+    }
+
+
+def test_frozen_parameters_are_left_out(network: nn.Sequential) -> None:
+    network.get_submodule("features").requires_grad_(False)
+    built = build_optimizer(network, OptimizerConfig(name="Adam", args={"betas": [0.8, 0.99]}))
+    assert isinstance(built, Adam)
+    assert tuple(built.param_groups[0]["betas"]) == (0.8, 0.99)
+    assert sum(len(group["params"]) for group in built.param_groups) == 2
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "Rprop"])
+def test_an_optimizer_without_weight_decay_still_gets_every_parameter(network: nn.Sequential, name: str) -> None:
+    built = build_optimizer(network, OptimizerConfig(name=name))
+    assert [len(group["params"]) for group in built.param_groups] == [5]
+    with pytest.raises(ConfigError, match=f"`optimizer.args.weight_decay`: {name} has no such argument"):
+        build_optimizer(network, OptimizerConfig(name=name, args={"weight_decay": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OptimizerConfig(name="SDG"), r"`optimizer.name` is 'SDG', which torch.optim does not have. Did you mean 'SGD'\?"),
+        (OptimizerConfig(name="adam"), r"Did you mean 'Adam'\?"),
+        (OptimizerConfig(name="Optimizer"), r"'Optimizer', which torch.optim does not have. Known: ASGD, .*SGD"),
+        (OptimizerConfig(name="lr_scheduler"), r"'lr_scheduler', which torch.optim does not have"),
+        (OptimizerConfig(args={"momentun": 0.9}), r"`optimizer.args.momentun`: SGD .* Did you mean 'momentum'\?"),
+        (OptimizerConfig(args={"xyz": 1}), r"`optimizer.args.xyz`: SGD has no such argument. Known: momentum, .*nesterov"),
+    ],
+)
+def test_an_unknown_optimizer_or_argument_is_answered_with_the_nearest(
+    network: nn.Sequential, config: OptimizerConfig, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(network, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("SGD", {"momentum": -1}),
+        ("SGD", {"momentum": "high"}),
+        ("SGD", {"momentum": 0, "nesterov": True}),
+        ("Adam", {"betas": 0.9}),
+        ("Adam", {"betas": [0.9]}),
+        ("Adam", {"betas": [0.9, 2]}),
+        ("Adam", {"foreach": True, "fused": True}),
+        ("Muon", {}),  # for matrices alone: a convolution has four axes
+    ],
+)
+def test_what_an_optimizer_refuses_is_the_user_s_mistake(network: nn.Sequential, name: str, args: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"`optimizer`: {name} refuses its arguments"):
+        build_optimizer(network, OptimizerConfig(name=name, args=args))
+
+
+# ---- schedulers ----
+
+
+def rates(optimizer: Optimizer, scheduler: Any, steps: int) -> list[float]:
+    """The learning rate before each step."""
+    found = []
+    for _ in range(steps):
+        found.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_no_scheduler_keeps_the_learning_rate(optimizer: Optimizer) -> None:
+    assert build_scheduler(optimizer, SchedulerConfig(name=None), total_steps=10, monitor="val/loss") is None
+
+
+def test_a_one_cycle_takes_the_whole_training(optimizer: Optimizer) -> None:
+    config = SchedulerConfig(name="OneCycleLR", args={"max_lr": 0.5})
+    scheduler = build_scheduler(optimizer, config, total_steps=20, monitor="val/loss")
+    assert isinstance(scheduler, OneCycleLR)
+    found = rates(optimizer, scheduler, 20)
+    assert max(found) == pytest.approx(0.5, rel=1e-6)
+    assert found[0] == pytest.approx(0.5 / 25, rel=1e-6)  # torch's div_factor
+    assert found[-1] < 1e-4
+
+
+def test_a_cosine_ends_with_the_training_unless_told_otherwise(optimizer: Optimizer) -> None:
+    whole = build_scheduler(optimizer, SchedulerConfig(name="CosineAnnealingLR"), total_steps=30, monitor="val/loss")
+    assert isinstance(whole, CosineAnnealingLR)
+    assert whole.T_max == 30
+    config = SchedulerConfig(name="CosineAnnealingLR", args={"T_max": 7})
+    given = build_scheduler(optimizer, config, total_steps=30, monitor="val/loss")
+    assert given is not None
+    assert given.T_max == 7
+
+
+def test_any_other_scheduler_goes_by_its_name(optimizer: Optimizer) -> None:
+    config = SchedulerConfig(name="StepLR", args={"step_size": 2, "gamma": 0.5})
+    scheduler = build_scheduler(optimizer, config, total_steps=6, monitor="val/loss")
+    assert isinstance(scheduler, StepLR)
+    assert rates(optimizer, scheduler, 5) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025], rel=1e-12)
+
+
+@pytest.mark.parametrize(("monitor", "mode"), [("val/loss", "min"), ("val/accuracy", "max")])
+def test_a_plateau_is_where_the_monitor_stops_improving(
+    optimizer: Optimizer, monitor: str, mode: Literal["min", "max"]
+) -> None:
+    scheduler = build_scheduler(optimizer, SchedulerConfig(name="ReduceLROnPlateau"), total_steps=5, monitor=monitor)
+    assert isinstance(scheduler, ReduceLROnPlateau)
+    assert scheduler.mode == mode
+    config = SchedulerConfig(name="ReduceLROnPlateau", args={"mode": "min"})
+    given = build_scheduler(optimizer, config, total_steps=5, monitor=monitor)
+    assert given is not None
+    assert given.mode == "min"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("OneCycle", {}, "`scheduler.name` is 'OneCycle', .* Did you mean 'OneCycleLR'?"),
+        ("LRScheduler", {}, "`scheduler.name` is 'LRScheduler', which torch.optim.lr_scheduler does not have"),
+        ("Adam", {}, "`scheduler.name` is 'Adam', which torch.optim.lr_scheduler does not have"),
+        ("StepLR", {"stepsize": 3}, "`scheduler.args.stepsize`: StepLR has no such argument. Did you mean 'step_size'?"),
+        ("StepLR", {}, "`scheduler`: StepLR refuses its arguments: .*step_size"),
+        ("OneCycleLR", {"max_lr": 0.1, "pct_start": 3}, "`scheduler`: OneCycleLR refuses its arguments"),
+        ("LambdaLR", {"lr_lambda": "lambda step: 1"}, "`scheduler`: LambdaLR refuses its arguments"),
+        ("ChainedScheduler", {}, "`scheduler`: ChainedScheduler refuses its arguments"),
+    ],
+)
+def test_a_scheduler_that_cannot_work_is_the_user_s_mistake(
+    optimizer: Optimizer, name: str, args: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_scheduler(optimizer, SchedulerConfig(name=name, args=args), total_steps=10, monitor="val/loss")
+    assert re.search(message.replace("?", r"\?"), str(caught.value))

@@ -1,0 +1,129 @@
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Config
+from pipeline.data.dataset import ShardDataset
+from pipeline.errors import ConfigError, DataError
+from pipeline.manifest import DatasetManifest
+from pipeline.models.sequential import build_network
+from pipeline.preprocess import PreprocessSpec
+from pipeline.task import sample_losses
+from pipeline.training.optim import build_optimizer
+from pipeline.training.preflight import require_trainable
+from tests.unit.training.conftest import change
+
+OPTIMIZERS = sorted(
+    name
+    for name, item in vars(torch.optim).items()
+    if isinstance(item, type) and issubclass(item, torch.optim.Optimizer) and item is not torch.optim.Optimizer
+)
+
+
+def test_a_sound_run_passes(tiny_config: Config, tiny_dataset: DatasetManifest) -> None:
+    for world_size in (1, 2, 4, 8):
+        require_trainable(tiny_config, tiny_dataset, world_size)
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "choices"), [(8, 3, "6 or 9"), (10, 4, "8 or 12"), (2, 3, "3"), (33, 32, "32 or 64")]
+)
+def test_a_batch_that_processes_cannot_share_is_refused_naming_the_two_nearest(
+    tiny_config: Config, tiny_dataset: DatasetManifest, batch: int, processes: int, choices: str
+) -> None:
+    message = f"is {batch}, which {processes} processes cannot share equally. Set it to {choices}, or"
+    with pytest.raises(ConfigError, match=message):
+        require_trainable(change(tiny_config, "data", global_batch_size=batch), tiny_dataset, processes)
+
+
+def test_a_batch_larger_than_the_split_is_refused_unless_it_may_be_padded(
+    tiny_config: Config, tiny_dataset: DatasetManifest
+) -> None:
+    require_trainable(change(tiny_config, "data", global_batch_size=36), tiny_dataset, 1)
+    too_large = change(tiny_config, "data", global_batch_size=37)
+    with pytest.raises(DataError, match=r"train split has 36 samples, fewer than `data.global_batch_size` \(37\)"):
+        require_trainable(too_large, tiny_dataset, 1)
+    require_trainable(change(too_large, "data", drop_last=False), tiny_dataset, 1)
+
+
+def test_half_precision_needs_a_gpu(
+    tiny_config: Config, tiny_dataset: DatasetManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = change(tiny_config, "trainer", precision="16-mixed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"16-mixed needs a GPU\. Use 32-true"):
+        require_trainable(half, tiny_dataset, 1)
+    require_trainable(change(tiny_config, "trainer", precision="bf16-mixed"), tiny_dataset, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    require_trainable(half, tiny_dataset, 1)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("model", {"channels": [8] * 5}, "Use at most 4 stages"),
+        ("model", {"channels": [12], "norm": "group"}, "group norm cannot share"),
+        ("preprocess", {"resize": 16}, "leaves images of different sizes"),
+        ("optimizer", {"name": "SDG"}, "Did you mean 'SGD'"),
+        ("optimizer", {"args": {"momentun": 1}}, "Did you mean 'momentum'"),
+        ("scheduler", {"name": "StepRL"}, "Did you mean 'StepLR'"),
+        ("scheduler", {"name": "StepLR"}, "step_size"),
+        # 4 steps in each of 10 epochs are 40.
+        ("scheduler", {"name": "OneCycleLR", "args": {"max_lr": 0.1, "total_steps": 7}}, "`scheduler`"),
+        ("scheduler", {"name": "StepLR", "args": {"step_size": 0}}, "`scheduler`"),
+        ("optimizer", {"name": "Adam", "args": {"capturable": True}}, "`optimizer`"),  # for GPUs alone
+    ],
+)
+def test_what_would_fail_on_a_rank_is_refused_before_one_starts(
+    tiny_config: Config, tiny_dataset: DatasetManifest, section: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        require_trainable(change(tiny_config, section, **values), tiny_dataset, 1)
+
+
+def test_a_task_that_cannot_be_trained_is_refused(tiny_config: Config, tiny_dataset: DatasetManifest) -> None:
+    with pytest.raises(DataError, match="task is `multi`"):
+        require_trainable(tiny_config, dataclasses.replace(tiny_dataset, task="multi"), 1)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_every_split_that_will_be_read_is_opened(tiny_config: Config, copied_dataset: DatasetManifest, split: str) -> None:
+    path = copied_dataset.folder / f"{split}.index.npy"
+    rows = np.load(path)
+    rows["label"][3] = 3
+    np.save(path, rows)
+    with pytest.raises(DataError, match=f"{split}.index.npy: sample 3 has label 3, outside the 3 classes"):
+        require_trainable(tiny_config, copied_dataset, 1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_of_torch_is_refused_or_takes_a_step(
+    tiny_config: Config, tiny_dataset: DatasetManifest, spec: PreprocessSpec, name: str
+) -> None:
+    config = change(tiny_config, "optimizer", name=name)
+    try:
+        require_trainable(config, tiny_dataset, 1)
+    except ConfigError:
+        assert name in ("LBFGS", "Muon", "SparseAdam"), "it works on dense gradients of any shape"
+        return
+    torch.manual_seed(0)
+    network = build_network(config.model, 3, spec)
+    optimizer = build_optimizer(network, config.optimizer)
+    dataset = ShardDataset(tiny_dataset, "train", spec)
+    images = torch.stack([dataset[index][0] for index in range(8)])  # (N, 3, H, W)
+    labels = torch.tensor([dataset[index][1] for index in range(8)])  # (N,)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = sample_losses(network(images), labels).mean()
+        torch.autograd.backward(loss)
+        return float(loss.detach())
+
+    before = [parameter.clone() for parameter in network.parameters()]
+    optimizer.step(closure)
+    after = list(network.parameters())
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
