@@ -120,7 +120,7 @@ def _fit_recorded(config: Config, manifest: DatasetManifest, spec: PreprocessSpe
         "value": best_value,
     }
     inputs = record.inputs_of("train", config, manifest.evaluation_split)
-    record.finish_stage("train", inputs, [best, config.run_dir / LAST])
+    record.finish_stage("train", inputs, [best])
     tracker.finish()
 
 

@@ -19,6 +19,11 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
     require_supported(manifest.task)
     spec = build_spec(config.preprocess, manifest.image_stats)
     local_batch_size(config.data.global_batch_size, world_size)
+    if "val" not in manifest.splits:
+        raise DataError(
+            f"{manifest.folder}: has no `val` split, which chooses the best checkpoint. "
+            "Shard again with `dataset.val_fraction` above 0."
+        )
     for split in ("train", "val", manifest.evaluation_split):
         open_index(manifest, split)
     num_samples = manifest.split("train").num_samples

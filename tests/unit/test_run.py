@@ -98,6 +98,13 @@ def test_a_fresh_start_moves_even_an_unchanged_run_aside(
     assert before in [files_below(path) for path in trained.folder.parent.iterdir()]
 
 
+def test_what_a_kill_in_the_first_save_leaves_is_no_obstacle(tiny_config: Config, tiny_dataset: DatasetManifest) -> None:
+    tiny_config.run_dir.mkdir(parents=True)
+    (tiny_config.run_dir / ".run.json.tmp").write_text('{"format_')
+    record, _ = open_run(tiny_config, tiny_dataset)
+    assert RunRecord.load(tiny_config.run_dir) == record
+
+
 def test_a_folder_with_somebody_elses_files_is_refused(tiny_config: Config, tiny_dataset: DatasetManifest) -> None:
     tiny_config.run_dir.mkdir(parents=True)
     (tiny_config.run_dir / "thesis.tex").write_text("years of work")

@@ -127,3 +127,9 @@ def test_every_optimizer_of_torch_is_refused_or_takes_a_step(
     after = list(network.parameters())
     assert all(bool(torch.isfinite(parameter).all()) for parameter in after)
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_data_set_without_a_validation_split_is_refused(tiny_config: Config, tiny_dataset: DatasetManifest) -> None:
+    splits = {name: split for name, split in tiny_dataset.splits.items() if name != "val"}
+    with pytest.raises(DataError, match=r"has no `val` split, .* Shard again with `dataset.val_fraction` above 0"):
+        require_trainable(tiny_config, dataclasses.replace(tiny_dataset, splits=splits), 1)
