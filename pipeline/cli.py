@@ -329,7 +329,7 @@ def predict(argv: list[str]) -> int:
             )
     _show_predictions(rows, options)
     if mistakes:
-        more = f" ({len(mistakes) - 1} more images cannot be classified either.)" if len(mistakes) > 1 else ""
+        more = f" (And {len(mistakes) - 1} more.)" if len(mistakes) > 1 else ""
         raise DataError(f"{mistakes[0]}{more}")
     return 0
 
