@@ -6,13 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from pipeline.config import Config, DataConfig, DatasetConfig, ModelConfig, PreprocessConfig
 from pipeline.data.sources import open_source
 from pipeline.data.writer import write_dataset
+from pipeline.export.graph import export_graph
 from pipeline.manifest import DatasetManifest, load_dataset
+from pipeline.models.sequential import build_network
+from pipeline.preprocess import PreprocessSpec, build_spec
 
 COLOURS = {"blue": (30, 40, 210), "green": (30, 200, 50), "red": (220, 40, 30)}
 IMAGES_PER_CLASS = 20
@@ -71,3 +77,42 @@ def tiny_config(tiny_source: Path, tiny_dataset: DatasetManifest, tmp_path: Path
         data=DataConfig(global_batch_size=8),
         model=ModelConfig(channels=[8, 16]),
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_dataset: DatasetManifest) -> PreprocessSpec:
+    """The preprocessing of `tiny_config` on `tiny_dataset`."""
+    return build_spec(PreprocessConfig(resize=[SIDE, SIDE]), tiny_dataset.image_stats)
+
+
+@pytest.fixture(scope="session")
+def tiny_network(tiny_spec: PreprocessSpec) -> nn.Sequential:
+    """A network of `tiny_config` that looks trained: large last layer, running statistics of its own. Read-only."""
+    torch.manual_seed(7)
+    network = build_network(ModelConfig(channels=[8, 16], dropout=0.5), 3, tiny_spec)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean.normal_(std=0.1)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight)
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def exported_model(tiny_network: nn.Sequential, tiny_spec: PreprocessSpec) -> onnx.ModelProto:
+    """`tiny_network` as an ONNX model, exported once (3 seconds) from training mode. Copy before changing."""
+    tiny_network.train()
+    metadata: dict[str, object] = {
+        "format_version": 1,
+        "class_names": list(COLOURS),
+        "task": "single",
+        "preprocess": dataclasses.asdict(tiny_spec),
+        "preprocess_hash": tiny_spec.hash(),
+        "data_digest": "d" * 64,
+        "job_id": "a" * 32,
+        "versions": {"torch": torch.__version__},
+    }
+    model = export_graph(tiny_network, tiny_spec, 20, metadata)
+    tiny_network.eval()
+    return model

@@ -1,0 +1,90 @@
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import pytest
+from torch import nn
+
+from pipeline.config import ExportConfig
+from pipeline.data.dataset import ShardDataset
+from pipeline.export.parity import Parity, compare, describe_failure
+from pipeline.manifest import DatasetManifest
+from pipeline.preprocess import PreprocessSpec
+from tests.unit.export.test_graph import add_training_dropout
+
+CONFIG = ExportConfig(max_batch_size=5)
+
+
+@pytest.fixture
+def dataset(tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec) -> ShardDataset:
+    return ShardDataset(tiny_dataset, "test", tiny_spec)
+
+
+def ask(network: nn.Sequential, model: onnx.ModelProto, dataset: ShardDataset) -> Parity:
+    return compare(network, model.SerializeToString(), "s" * 64, dataset, CONFIG)
+
+
+def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def test_the_true_model_passes_in_every_case(
+    tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
+) -> None:
+    parity = ask(tiny_network, exported_model, dataset)
+    assert parity.passed
+    asked = {(case.batch, case.optimization, case.run) for case in parity.cases}
+    assert asked == {(batch, level, run) for batch in (1, 2, 3, 5) for level in ("off", "on") for run in (1, 2)}
+    # float32 logits of order 1 differ by a few units in the last place.
+    assert max(case.max_abs for case in parity.cases) < 1e-5
+    assert (parity.top1_agreement, parity.num_samples) == (1.0, 12)
+
+
+def test_the_report_has_the_fields_of_the_contract(
+    tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
+) -> None:
+    report = json.loads(json.dumps(dataclasses.asdict(ask(tiny_network, exported_model, dataset))))
+    assert set(report) == {"passed", "cases", "top1_agreement", "num_samples", "sha256"}
+    assert set(report["cases"][0]) == {"batch", "optimization", "run", "max_abs", "tolerance"}
+
+
+def change_the_weights(model: onnx.ModelProto, value: float) -> onnx.ModelProto:
+    """Set the first number of the largest weight to `value`."""
+    changed = copy_of(model)
+    largest = max(changed.graph.initializer, key=lambda tensor: int(np.prod(tensor.dims)))
+    weights = onnx.numpy_helper.to_array(largest).copy()
+    weights.flat[0] = value
+    largest.CopyFrom(onnx.numpy_helper.from_array(weights, largest.name))
+    return changed
+
+
+@pytest.mark.parametrize("value", [3.0, float("nan"), float("inf")])
+def test_a_changed_weight_fails(
+    tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset, value: float
+) -> None:
+    parity = ask(tiny_network, change_the_weights(exported_model, value), dataset)
+    assert not parity.passed
+    assert "does not give the trained network's answers" in describe_failure(parity)
+
+
+def test_a_dropout_in_training_mode_fails_though_the_optimiser_may_hide_it(
+    tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
+) -> None:
+    model = copy_of(exported_model)
+    add_training_dropout(model)
+    parity = ask(tiny_network, model, dataset)
+    assert not parity.passed
+    assert any(case.max_abs > case.tolerance for case in parity.cases if case.optimization == "off")
+
+
+def test_a_split_smaller_than_the_largest_batch_is_repeated(
+    tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
+) -> None:
+    config = dataclasses.replace(CONFIG, max_batch_size=32)
+    parity = compare(tiny_network, exported_model.SerializeToString(), "s" * 64, dataset, config)
+    assert parity.passed
+    assert max(case.batch for case in parity.cases) == 32
+    assert parity.num_samples == 12

@@ -1,0 +1,117 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.errors import GateError
+from pipeline.export import publish
+from pipeline.files import sha256_of
+from pipeline.manifest import DatasetManifest
+from pipeline.preprocess import PreprocessSpec
+from pipeline.run import BEST, RunRecord
+from tests.unit.export.test_parity import change_the_weights
+
+
+class Tracker:
+    """Stands where MLflow would be told."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        self.files: list[str] = []
+
+    def log_final(self, metrics: dict[str, float]) -> None:
+        self.figures |= metrics
+
+    def log_file(self, path: Path, folder: str) -> None:
+        self.files.append(f"{folder}/{path.name}")
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.fixture
+def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    found = Tracker()
+    monkeypatch.setattr(publish, "open_tracker", lambda config, record: found)
+    return found
+
+
+@pytest.fixture
+def record(
+    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, tiny_network: nn.Sequential
+) -> RunRecord:
+    """A finished training whose best checkpoint holds `tiny_network`."""
+    identity = (tiny_config.identity(), tiny_dataset.digest, tiny_spec.hash())
+    record = RunRecord("tiny", "a" * 32, *identity, git={"commit": None}, folder=tiny_config.run_dir)
+    facts = dict(zip(("config_digest", "data_digest", "preprocess_hash"), identity, strict=True))
+    weights = {f"network.{name}": tensor for name, tensor in tiny_network.state_dict().items()}
+    path = tiny_config.run_dir / BEST
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": weights, "shardline": {"format_version": 1, **facts}}, path)
+    record.outcome = "done"
+    record.best = {"path": str(BEST), "sha256": sha256_of(path), "monitor": "val/accuracy", "value": 1.0}
+    return record
+
+
+@pytest.fixture
+def quick_export(monkeypatch: pytest.MonkeyPatch, exported_model: onnx.ModelProto) -> None:
+    """The model that was exported once, in place of an export of 3 seconds."""
+    monkeypatch.setattr(publish, "export_graph", lambda *arguments: exported_model)
+
+
+def exports(config: Config) -> list[str]:
+    folder = config.run_dir / "export"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def test_a_proved_model_is_published_and_tracked(
+    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
+) -> None:
+    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    assert exports(tiny_config) == ["model.onnx", "parity.json"]
+    parity = json.loads((tiny_config.run_dir / publish.PARITY).read_text())
+    assert parity["passed"]
+    assert parity["sha256"] == sha256_of(tiny_config.run_dir / publish.MODEL)
+    assert tracker.figures["onnx/top1_agreement"] == 1.0
+    assert tracker.files == ["export/model.onnx", "export/parity.json"]
+    inputs = record.inputs_of("export", tiny_config, "test")
+    assert record.stage_is_done("export", inputs)
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_refused_model_has_no_file_under_a_final_name(
+    tiny_config: Config,
+    tiny_dataset: DatasetManifest,
+    tiny_spec: PreprocessSpec,
+    record: RunRecord,
+    tracker: Tracker,
+    exported_model: onnx.ModelProto,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publish.export(tiny_config, tiny_dataset, tiny_spec, record)  # an earlier model is there, proved under other settings
+    tracker.files.clear()
+    monkeypatch.setattr(publish, "export_graph", lambda *arguments: change_the_weights(exported_model, 3.0))
+    strict = dataclasses.replace(tiny_config, export=dataclasses.replace(tiny_config.export, tolerance=1e-5))
+    with pytest.raises(GateError, match=r"does not give the trained network's answers: .* Nothing was published") as refusal:
+        publish.export(strict, tiny_dataset, tiny_spec, record)
+    assert refusal.value.exit_code == 3
+    assert not {"model.onnx", "parity.json"} & set(exports(tiny_config))
+    assert not json.loads((tiny_config.run_dir / publish.REFUSED).read_text())["passed"]
+    assert tracker.files == []
+    assert not record.stage_is_done("export", record.inputs_of("export", strict, "test"))
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_graph_that_fails_its_lint_is_not_published(
+    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
+) -> None:
+    other: Any = dataclasses.replace(tiny_config, export=dataclasses.replace(tiny_config.export, opset=21))
+    with pytest.raises(GateError, match="its opset is 20, not 21"):
+        publish.export(other, tiny_dataset, tiny_spec, record)
+    assert exports(tiny_config) == []

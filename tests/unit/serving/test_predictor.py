@@ -1,0 +1,109 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import DataError, ModelError
+from pipeline.files import sha256_of
+from pipeline.preprocess import PreprocessSpec, decode_image
+from pipeline.serving.predictor import Predictor, verify_model
+
+Edit = Callable[[dict[str, str]], object]
+
+
+@pytest.fixture
+def model_path(exported_model: onnx.ModelProto, tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(exported_model.SerializeToString())
+    return path
+
+
+def edited(model: onnx.ModelProto, path: Path, edit: Edit) -> Path:
+    """A copy of `model` at `path` whose metadata went through `edit`."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    metadata = {entry.key: entry.value for entry in copy.metadata_props}
+    edit(metadata)
+    onnx.helper.set_model_props(copy, metadata)
+    path.write_bytes(copy.SerializeToString())
+    return path
+
+
+def test_the_answers_are_those_of_the_trained_network(
+    model_path: Path, tiny_network: nn.Sequential, tiny_spec: PreprocessSpec, tiny_source: Path
+) -> None:
+    predictor = Predictor(model_path)
+    for path in sorted(tiny_source.glob("*/0*.png")):
+        pixels = torch.from_numpy(decode_image(path.read_bytes(), tiny_spec).copy()).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        with torch.no_grad():
+            wanted = tiny_network(pixels).softmax(dim=1)[0].numpy()  # (K,)
+        answer = predictor.predict(path)
+        # float32 arithmetic of two runtimes.
+        np.testing.assert_allclose(list(answer.probabilities.values()), wanted, rtol=0, atol=1e-5)
+        assert answer.label == ("blue", "green", "red")[int(wanted.argmax())]
+        assert answer.probability == max(answer.probabilities.values())
+
+
+def test_what_is_no_image_is_refused_by_name(model_path: Path, tmp_path: Path) -> None:
+    predictor = Predictor(model_path)
+    (tmp_path / "text.jpg").write_text("not an image")
+    with pytest.raises(DataError, match=r"text.jpg: cannot be decoded"):
+        predictor.predict(tmp_path / "text.jpg")
+    with pytest.raises(DataError, match=r"nowhere.jpg: no such image"):
+        predictor.predict(tmp_path / "nowhere.jpg")
+    with pytest.raises(DataError, match="is a folder; name image files"):
+        predictor.predict(tmp_path)
+
+
+def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ModelError, match=r"model.onnx: no such model file"):
+        Predictor(path)
+    path.write_bytes(b"not a model")
+    with pytest.raises(ModelError, match=r"model.onnx: cannot be loaded as an ONNX model"):
+        Predictor(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda metadata: metadata.clear(), "is not a Shardline model"),
+        (lambda metadata: metadata.pop("shardline.class_names"), "is not a Shardline model"),
+        (lambda metadata: metadata.update({"shardline.class_names": "blue"}), "is not a Shardline model"),
+        (lambda metadata: metadata.update({"shardline.format_version": "2"}), "format_version 2 is newer than 1"),
+        (lambda metadata: metadata.update({"shardline.preprocess": "{}"}), "needs another Shardline"),
+    ],
+)
+def test_a_model_of_somebody_else_is_refused(exported_model: onnx.ModelProto, tmp_path: Path, edit: Edit, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        Predictor(edited(exported_model, tmp_path / "model.onnx", edit))
+
+
+def test_verify_passes_the_file_that_parity_proved_and_no_other(model_path: Path) -> None:
+    parity = {"sha256": sha256_of(model_path), "top1_agreement": 1.0, "num_samples": 12}
+    model_path.with_name("parity.json").write_text(json.dumps(parity))
+    assert verify_model(model_path)["proof"] == "top-1 agreement 1.0000 on 12 images"
+    model_path.with_name("parity.json").write_text(json.dumps({**parity, "sha256": "0" * 64}))
+    with pytest.raises(ModelError, match=r"is not the file that .*parity.json proved"):
+        verify_model(model_path)
+
+
+def test_verify_refuses_edited_preprocessing(exported_model: onnx.ModelProto, tmp_path: Path) -> None:
+    def edit(metadata: dict[str, str]) -> None:
+        values = json.loads(metadata["shardline.preprocess"])
+        metadata["shardline.preprocess"] = json.dumps({**values, "interpolation": "nearest"})
+
+    with pytest.raises(ModelError, match="its preprocessing was changed after export"):
+        verify_model(edited(exported_model, tmp_path / "model.onnx", edit))
+
+
+def test_serving_imports_no_torch() -> None:
+    script = "import sys, pipeline.cli, pipeline.serving.predictor; print({'torch', 'lightning', 'mlflow'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=60).strip() == "set()"
