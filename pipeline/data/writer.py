@@ -4,6 +4,7 @@ Everything is written into DATASET/.partial and renamed at the end, dataset.json
 leaves anything half-written under a final name.
 """
 
+import datetime
 import hashlib
 import io
 import math
@@ -157,6 +158,7 @@ def write_dataset(source: ImageSource, config: DatasetConfig, folder: Path) -> D
             preparation=preparation_of(config, source.kind),
             info={
                 "source": config.source,
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "source_fingerprint": source.fingerprint,
                 "num_ignored": source.num_ignored,
                 "tool_version": pipeline.__version__,

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from pipeline import distributed
@@ -35,14 +36,14 @@ WRITER_WAIT_SECONDS = 30.0
 def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
     """A Lightning Trainer with DDP over the ranks that a launcher started: NCCL and GPUs where there are any, else gloo.
 
-    Everything that differs by accelerator is decided here or by Lightning.
+    Everything of the training that differs by accelerator is decided here or by Lightning.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     local = distributed.local_world_size()
     return L.Trainer(
-        accelerator="auto",
+        accelerator="cuda" if torch.cuda.device_count() else "cpu",
         devices=local,
         num_nodes=distributed.world_size() // local,
         strategy=DDPStrategy(timeout=COLLECTIVE_TIMEOUT, checkpoint_io=DurableCheckpointIO()),
