@@ -87,15 +87,15 @@ def test_all_ranks_end_with_the_same_weights_after_as_many_steps(
 def test_the_evaluation_is_the_same_on_any_number_of_ranks(workspace: Path, records: dict[int, list[dict[str, Any]]]) -> None:
     results, predictions = [], []
     folder = workspace / "runs/ranks-3/evaluation"
-    for world_size in WORLD_SIZES:
+    for world_size in (1, 3):
         (folder / "test.json").unlink(missing_ok=True)
         done = shardline("evaluate", "--name=ranks-3", *SETTINGS, cwd=workspace, PROCS=str(world_size))
         assert done.returncode == 0, done.stderr
         results.append(json.loads((folder / "test.json").read_text()))
         predictions.append([row.split(",")[:4] for row in (folder / "predictions.csv").read_text().splitlines()])
-    assert predictions[0] == predictions[1] == predictions[2]
+    assert predictions[0] == predictions[1]
     assert len(predictions[0]) == 1 + results[0]["num_samples"] == 365
-    for result in results[1:]:
-        # float32 logits are rounded by batch shape; 364 losses of up to a few nats, summed in float64.
-        assert result.pop("loss") == pytest.approx(results[0]["loss"], rel=0, abs=1e-6)
-        assert result == {name: value for name, value in results[0].items() if name != "loss"}
+    alone, together = results
+    # float32 logits are rounded by batch shape; 364 losses of up to a few nats, summed in float64.
+    assert together.pop("loss") == pytest.approx(alone.pop("loss"), rel=0, abs=1e-6)
+    assert together == alone

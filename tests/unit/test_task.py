@@ -100,3 +100,22 @@ def test_only_one_label_an_image_can_be_trained() -> None:
     require_supported("single")
     with pytest.raises(DataError, match="task is `multi`; only `single`"):
         require_supported("multi")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_counts_as_the_cpu_does_where_only_deterministic_operations_are_allowed() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits, labels = torch.randn(64, 5, generator=generator), torch.randint(0, 5, (64,), generator=generator)
+    indices, weights = torch.randperm(64, generator=generator), torch.ones(64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = []
+        for device in (CPU, torch.device("cuda")):
+            sums = EvaluationSums(5, 64, device)
+            sums.add(logits.to(device), labels.to(device), weights.to(device), indices.to(device))
+            found.append(sums.reduce())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (found[0].accuracy, found[0].recall) == (found[1].accuracy, found[1].recall)
+    assert found[0].loss == pytest.approx(found[1].loss, rel=1e-6)  # float32 logarithms of two libraries
