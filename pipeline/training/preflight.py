@@ -42,14 +42,14 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
 
 
 def _require_steps(config: Config, network: nn.Sequential, spec: PreprocessSpec, length: int) -> None:
-    """Let optimizer and scheduler take two steps, on the device of the training: some only then say what they cannot do."""
+    """Let optimizer and scheduler take a step or two where training will: some only then say what they cannot do."""
     assert spec.fixed_size is not None
     device = torch.device("cuda" if torch.cuda.device_count() else "cpu")
     network.to(device)
     optimizer = build_optimizer(network, config.optimizer)
     scheduler = build_scheduler(optimizer, config.scheduler, length, config.trainer.monitor)
     images = torch.zeros(2, 3, *spec.fixed_size, dtype=torch.uint8, device=device)
-    for _ in range(2):
+    for _ in range(min(2, length)):
         optimizer.zero_grad()
         torch.autograd.backward(network(images).square().sum())
         try:

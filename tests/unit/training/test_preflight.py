@@ -28,6 +28,15 @@ def test_a_sound_run_passes(tiny_config: Config, tiny_dataset: DatasetManifest) 
         require_trainable(tiny_config, tiny_dataset, world_size)
 
 
+@pytest.mark.parametrize(("interval", "batch"), [("epoch", 8), ("step", 36)])
+def test_a_training_of_a_single_move_of_its_scheduler_passes(
+    tiny_config: Config, tiny_dataset: DatasetManifest, interval: str, batch: int
+) -> None:
+    config = change(change(tiny_config, "trainer", max_epochs=1), "data", global_batch_size=batch)
+    config = change(config, "scheduler", name="OneCycleLR", interval=interval, args={"max_lr": 0.1})
+    require_trainable(config, tiny_dataset, 1)
+
+
 @pytest.mark.parametrize(
     ("batch", "processes", "choices"), [(8, 3, "6 or 9"), (10, 4, "8 or 12"), (2, 3, "3"), (33, 32, "32 or 64")]
 )
