@@ -37,13 +37,24 @@ def setting(default: Any, help: str, identity: bool = True) -> Any:
 class DatasetConfig:
     """Where the images come from and how they become shards."""
 
-    source: str = setting("digits", "`digits` (scikit-learn's, bundled) or a folder with one folder of images a class")
-    path: str = setting("", "folder of the shards; default data/NAME", identity=False)
-    val_fraction: float = setting(0.2, "share of each class that goes to the validation split")
-    test_fraction: float = setting(0.2, "share of each class that goes to the test split")
+    source: str = setting(
+        "digits",
+        "`digits`, a folder of class folders, a table (.csv .jsonl .parquet), an archive (.tar .zip), or torchvision:NAME",
+    )
+    path: str = setting("", "folder or URL of the shards; default data/NAME", identity=False)
+    merge: list[dict[str, Any]] = setting([], "data sets to train on together, each {path: ..., weight: 1.0}; replaces source")
+    class_level: int | None = setting(
+        None, "folder levels below the source that name a class; null: the topmost folders that hold images"
+    )
+    val_fraction: float = setting(0.2, "share of each class that goes to the validation split, where the source names none")
+    test_fraction: float = setting(0.2, "share of each class that goes to the test split, where the source names none")
     split_seed: int = setting(0, "seed of the split and of the order inside the shards")
     samples_per_shard: int = setting(1000, "samples in each tar file")
     jpeg_quality: int = setting(95, "quality at which images that are not JPEG are encoded")
+    keep_format: bool = setting(False, "keep PNG, WebP, ... as they are instead of encoding them as JPEG")
+    max_side: int | None = setting(None, "shrink larger images to this many pixels on their longest side")
+    background: list[int] = setting([255, 255, 255], "RGB colour below transparent pixels, in shards and in serving")
+    max_rejected: float = setting(0.01, "largest share of images that may be left out because they cannot be decoded")
 
 
 @dataclass(frozen=True)
@@ -61,11 +72,19 @@ class PreprocessConfig:
 class AugmentConfig:
     """Random changes of training images, seeded by (seed, epoch, sample); all off by default."""
 
+    crop_scale: float = setting(1.0, "smallest share of the area kept by a random resized crop; 1 for none")
     horizontal_flip: float = setting(0.0, "probability of a mirror image")
     rotate_degrees: float = setting(0.0, "largest rotation to either side")
     translate: float = setting(0.0, "largest shift, as a share of the side")
     scale: float = setting(0.0, "largest relative change of size")
-    crop_scale: float = setting(1.0, "smallest share of the area kept by a random resized crop; 1 for none")
+    brightness: float = setting(0.0, "largest relative change of brightness")
+    contrast: float = setting(0.0, "largest relative change of contrast")
+    saturation: float = setting(0.0, "largest relative change of saturation")
+    hue: float = setting(0.0, "largest turn of the hue, 0.5 for half the circle")
+    policy: Literal["none", "randaugment", "trivialaugment"] = setting("none", "a published set of random changes")
+    erase: float = setting(0.0, "probability that a random rectangle is erased")
+    mixup: float = setting(0.0, "MixUp's alpha: two images blended, on the training device; 0 for none")
+    cutmix: float = setting(0.0, "CutMix's alpha: a rectangle from another image, on the training device; 0 for none")
 
 
 @dataclass(frozen=True)
@@ -75,12 +94,18 @@ class DataConfig:
     global_batch_size: int = setting(64, "samples an optimizer step sees, over all ranks")
     drop_last: bool = setting(True, "drop an epoch's tail; false pads it with masked samples")
     shuffle_shards: int = setting(8, "samples are shuffled within windows of this many shuffled shards")
+    steps_per_epoch: int | None = setting(None, "steps called an epoch where shards are streamed and have no known size")
+    shuffle_buffer: int = setting(2000, "samples a loader process shuffles among where shards are streamed")
     num_workers: int = setting(0, "loader processes of each rank", identity=False)
     start_method: Literal["fork", "forkserver", "spawn"] = setting("forkserver", "how loader processes start", identity=False)
     pin_memory: bool | None = setting(None, "page-locked batches; null: where a GPU is used", identity=False)
     persistent_workers: bool = setting(True, "keep loader processes between epochs", identity=False)
     prefetch_factor: int = setting(2, "batches each loader process reads ahead", identity=False)
     timeout_seconds: float = setting(300.0, "longest wait for a batch from a loader process", identity=False)
+    max_bad_share: float = setting(0.01, "stop when more than this share of an epoch no longer decodes", identity=False)
+    max_bad_in_row: int = setting(100, "stop when this many samples in a row no longer decode", identity=False)
+    cache_dir: str = setting("", "folder for shards of a remote data set; default ~/.cache/shardline", identity=False)
+    cache_gigabytes: float = setting(100.0, "largest size of that folder", identity=False)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -389,16 +414,31 @@ RANGES = {
     "dataset.test_fraction": SHARE,
     "dataset.samples_per_shard": COUNT,
     "dataset.jpeg_quality": Range(1, 100),
+    "dataset.class_level": COUNT,
+    "dataset.max_side": COUNT,
+    "dataset.max_rejected": Range(0, 1),
     "data.global_batch_size": COUNT,
     "data.shuffle_shards": COUNT,
     "data.num_workers": Range(0),
     "data.prefetch_factor": COUNT,
     "data.timeout_seconds": Range(0),
+    "data.steps_per_epoch": COUNT,
+    "data.shuffle_buffer": COUNT,
+    "data.max_bad_share": Range(0, 1),
+    "data.max_bad_in_row": COUNT,
+    "data.cache_gigabytes": POSITIVE,
     "data.augment.horizontal_flip": Range(0, 1),
     "data.augment.rotate_degrees": Range(0, 180),
     "data.augment.translate": Range(0, 1),
     "data.augment.scale": SHARE,
     "data.augment.crop_scale": Range(0, 1, open_low=True),
+    "data.augment.brightness": Range(0),
+    "data.augment.contrast": Range(0),
+    "data.augment.saturation": Range(0),
+    "data.augment.hue": Range(0, 0.5),
+    "data.augment.erase": Range(0, 1),
+    "data.augment.mixup": Range(0),
+    "data.augment.cutmix": Range(0),
     "model.convs_per_stage": COUNT,
     "model.dropout": SHARE,
     "optimizer.lr": POSITIVE,

@@ -25,21 +25,26 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 # One row a sample, read by mmap: 20 bytes, 25 MB for ImageNet.
 INDEX_ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 Index = npt.NDArray[np.void]
+ROWS_AT_A_TIME = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """One tar file of a split."""
+    """One tar file of a split. `name` is relative to the data set, or a URL.
+
+    A training epoch draws `weight` times the shard's samples: 1 is each exactly once, 0.5 every second one, 2 each twice.
+    """
 
     name: str
     num_samples: int
     num_bytes: int
     sha256: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """The index file of a split."""
+    """The index file, or the file of label rows, of a split."""
 
     name: str
     sha256: str
@@ -47,11 +52,12 @@ class IndexEntry:
 
 @dataclass(frozen=True)
 class SplitEntry:
-    """The shards, index and class counts of one split."""
+    """The shards, index and class counts of one split; with several labels an image, also the file of label rows."""
 
     shards: list[ShardEntry]
     index: IndexEntry
     class_counts: list[int]
+    labels: IndexEntry | None = None  # uint8 (N, K), one column a class
 
     @property
     def num_samples(self) -> int:
@@ -70,7 +76,10 @@ class ImageStats:
 
 @dataclass(frozen=True)
 class DatasetManifest:
-    """dataset.json. `digest` covers everything except itself and `info`."""
+    """dataset.json. `digest` covers everything except itself and `info`.
+
+    `streams` names the shards of splits that cannot be indexed, by URL. `folder` and `url` say where it was read from.
+    """
 
     task: Task
     class_names: list[str]
@@ -80,7 +89,9 @@ class DatasetManifest:
     info: dict[str, Any]
     digest: str
     format_version: int = FORMAT_VERSION
+    streams: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     folder: Path = Path()
+    url: str = ""
 
     def split(self, name: str) -> SplitEntry:
         """Return the entry of a split. Raises DataError when the data set has none of that name."""
@@ -95,15 +106,27 @@ class DatasetManifest:
 
     def content(self) -> dict[str, Any]:
         """What the digest covers."""
+        values = self._values()
+        return {key: value for key, value in values.items() if key not in ("digest", "info")}
+
+    def _values(self) -> dict[str, Any]:
+        """What dataset.json holds; entries that say nothing are left out."""
         values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if key not in ("digest", "info", "folder")}
+        del values["folder"], values["url"]
+        if not self.streams:
+            del values["streams"]
+        for split in values["splits"].values():
+            if split["labels"] is None:
+                del split["labels"]
+            for shard in split["shards"]:
+                if shard["weight"] == 1.0:
+                    del shard["weight"]
+        return values
 
     def save(self) -> "DatasetManifest":
         """Write dataset.json into `folder` with the digest of its content; return the manifest as written."""
         manifest = dataclasses.replace(self, digest=digest_of(self.content()))
-        values = dataclasses.asdict(manifest)
-        del values["folder"]
-        write_json(self.folder / MANIFEST_NAME, values)
+        write_json(self.folder / MANIFEST_NAME, manifest._values())
         return manifest
 
 
@@ -119,6 +142,7 @@ def load_dataset(folder: Path) -> DatasetManifest:
                 shards=[ShardEntry(**shard) for shard in split["shards"]],
                 index=IndexEntry(**split["index"]),
                 class_counts=split["class_counts"],
+                labels=IndexEntry(**split["labels"]) if "labels" in split else None,
             )
             for name, split in values["splits"].items()
         }
@@ -164,7 +188,7 @@ def _require_files(manifest: DatasetManifest) -> None:
 
 
 def open_index(manifest: DatasetManifest, split_name: str) -> Index:
-    """Map a split's index: one INDEX_ROW a sample, shape (N,). Raises DataError for wrong rows, count or labels."""
+    """Map a split's index: one INDEX_ROW a sample, shape (N,). Reads nothing of it. Raises DataError for wrong rows or count."""
     split = manifest.split(split_name)
     path = manifest.folder / split.index.name
     try:
@@ -176,14 +200,22 @@ def open_index(manifest: DatasetManifest, split_name: str) -> Index:
             f"{path}: holds {rows.shape} rows of {rows.dtype} but the manifest says {split.num_samples} samples. "
             "Rebuild with `shardline shard --fresh`."
         )
-    labels = rows["label"]
-    outside = np.flatnonzero((labels < 0) | (labels >= len(manifest.class_names)))
-    if len(outside):
-        raise DataError(
-            f"{path}: sample {outside[0]} has label {labels[outside[0]]}, outside the {len(manifest.class_names)} classes "
-            f"(0 to {len(manifest.class_names) - 1}). Correct its label and rebuild with `shardline shard --fresh`."
-        )
     return rows
+
+
+def require_labels(manifest: DatasetManifest, split_name: str) -> None:
+    """Read a split's whole index and refuse a label outside of the classes. Raises DataError naming the sample."""
+    rows = open_index(manifest, split_name)
+    num_classes = len(manifest.class_names)
+    for first in range(0, len(rows), ROWS_AT_A_TIME):
+        labels = rows["label"][first : first + ROWS_AT_A_TIME]
+        outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+        if len(outside):
+            raise DataError(
+                f"{manifest.folder / manifest.split(split_name).index.name}: sample {first + outside[0]} has label "
+                f"{labels[outside[0]]}, outside the {num_classes} classes (0 to {num_classes - 1}). "
+                "Correct its label and rebuild with `shardline shard --fresh`."
+            )
 
 
 # ---- verifying a whole data set ----
@@ -199,6 +231,7 @@ def verify_dataset(manifest: DatasetManifest) -> Iterator[tuple[str, list[str]]]
         rows = None
         try:
             rows = open_index(manifest, split_name)
+            require_labels(manifest, split_name)
         except DataError as error:
             defects.append(str(error))
         yield split.index.name, defects

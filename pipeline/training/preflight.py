@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pipeline.config import Config
 from pipeline.data.order import local_batch_size, steps_per_epoch
 from pipeline.errors import ConfigError, DataError
-from pipeline.manifest import DatasetManifest, open_index
+from pipeline.manifest import DatasetManifest, require_labels
 from pipeline.models.sequential import build_network, require_forward
 from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.task import require_supported
@@ -25,7 +25,7 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
             "Shard again with `dataset.val_fraction` above 0."
         )
     for split in ("train", "val", manifest.evaluation_split):
-        open_index(manifest, split)
+        require_labels(manifest, split)
     num_samples = manifest.split("train").num_samples
     if config.data.drop_last and num_samples < config.data.global_batch_size:
         raise DataError(
