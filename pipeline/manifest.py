@@ -6,7 +6,9 @@ files; `verify_dataset` does.
 
 import dataclasses
 import json
+import math
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +65,19 @@ class SplitEntry:
     def num_samples(self) -> int:
         """Samples in all shards of the split."""
         return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that a training epoch draws: those of the shards of each weight, times that weight."""
+        totals: Counter[float] = Counter()
+        for shard in self.shards:
+            totals[shard.weight] += shard.num_samples
+        return sum(num_drawn(weight, total) for weight, total in totals.items())
+
+
+def num_drawn(weight: float, num_samples: int) -> int:
+    """Samples that an epoch draws from `num_samples` of this weight: to the nearest whole number, halves up."""
+    return math.floor(weight * num_samples + 0.5)
 
 
 @dataclass(frozen=True)
@@ -188,7 +203,7 @@ def _require_files(manifest: DatasetManifest) -> None:
 
 
 def open_index(manifest: DatasetManifest, split_name: str) -> Index:
-    """Map a split's index: one INDEX_ROW a sample, shape (N,). Reads nothing of it. Raises DataError for wrong rows or count."""
+    """Map a split's index, one INDEX_ROW a sample, (N,), reading none of it. Raises DataError for wrong rows or count."""
     split = manifest.split(split_name)
     path = manifest.folder / split.index.name
     try:

@@ -38,10 +38,11 @@ def loss_at_initialisation(num_classes: int) -> float:
 class Metrics:
     """What an evaluation found."""
 
-    num_samples: int
+    num_samples: int  # that were counted: all but the bad ones
     accuracy: float
     loss: float
     recall: list[float]  # of each class; nan where the split has no sample of it
+    num_bad: int = 0  # samples that no longer decode
 
 
 class EvaluationSums:
@@ -50,10 +51,11 @@ class EvaluationSums:
     def __init__(self, num_classes: int, num_samples: int, device: torch.device) -> None:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # (true, predicted)
         self.seen = torch.zeros(num_samples, dtype=torch.int32, device=device)  # (N,)
+        self.num_bad = torch.zeros((), dtype=torch.int64, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> None:
-        """Count a batch: logits (n, K), labels, weights and indices (n,); rows of weight 0 are padding."""
+        """Count a batch: logits (n, K), labels, weights and indices (n,); rows of weight 0 are left out."""
         real = weights > 0
         logits, labels, indices = logits[real], labels[real], indices[real]
         self.loss += sample_losses(logits, labels).double().sum()
@@ -61,19 +63,28 @@ class EvaluationSums:
         self.confusion += torch.bincount(cells, minlength=self.confusion.numel()).view_as(self.confusion)
         self.seen += torch.bincount(indices, minlength=len(self.seen)).to(torch.int32)
 
+    def add_bad(self, indices: torch.Tensor) -> None:
+        """Note samples, (n,), that were seen but cannot be decoded."""
+        self.seen += torch.bincount(indices, minlength=len(self.seen)).to(torch.int32)
+        self.num_bad += len(indices)
+
     def reduce(self) -> Metrics:
-        """Add up all ranks. Raises RunError unless every sample of the split was seen exactly once."""
+        """Add up all ranks. Raises RunError unless each sample of the split was seen exactly once, DataError if all are bad."""
         if dist.is_available() and dist.is_initialized():
-            for total in (self.confusion, self.seen, self.loss):
+            for total in (self.confusion, self.seen, self.loss, self.num_bad):
                 dist.all_reduce(total)
         wrong = int((self.seen != 1).sum())
         if wrong:
             raise RunError(f"{wrong} of {len(self.seen)} samples were not evaluated exactly once; report this as a bug.")
+        num_samples = len(self.seen) - int(self.num_bad)
+        if num_samples == 0:
+            raise DataError("no sample of the split can be decoded. Look at the shards with `shardline verify`.")
         correct = self.confusion.diagonal()
         recall = correct.double() / self.confusion.sum(dim=1).double()
         return Metrics(
-            num_samples=len(self.seen),
-            accuracy=int(correct.sum()) / len(self.seen),
-            loss=float(self.loss) / len(self.seen),
+            num_samples=num_samples,
+            accuracy=int(correct.sum()) / num_samples,
+            loss=float(self.loss) / num_samples,
             recall=[float(value) for value in recall],
+            num_bad=int(self.num_bad),
         )

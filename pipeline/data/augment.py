@@ -1,30 +1,70 @@
 """Random changes of training images, each a pure function of (seed, epoch, sample).
 
 torchvision's transforms draw from torch's default generator; seeding that for each sample (1.4 us) is what makes a resumed run
-see the very tensors of the undisturbed one.
+see the very tensors of the undisturbed one. MixUp and CutMix need the batch and so lie in `pipeline.training.mixing`.
 """
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from pipeline.config import AugmentConfig
+from pipeline.data.decode import Box, EncodedImage, decode_crop
 from pipeline.data.order import mix
+from pipeline.preprocess import PreprocessSpec, decode_image
 
-Augmentation = Callable[[torch.Tensor], torch.Tensor]
+# The customary range of the width-to-height ratio of a random crop (Szegedy et al., "Going deeper with convolutions", 2014).
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
 
 
-def build_augmentation(config: AugmentConfig, size: tuple[int, int]) -> Augmentation | None:
-    """Return a transform of uint8 (3, H, W) images that keeps their size (H, W), or None when all is off."""
-    if config == AugmentConfig():
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to a training image: a random crop of the original, then changes of the pixels that keep the size."""
+
+    size: tuple[int, int]  # (H, W)
+    crop_scale: float  # smallest share of the area; 1 for the crop of an evaluation
+    change: Callable[[torch.Tensor], torch.Tensor]
+
+    def image(self, encoded: bytes, spec: PreprocessSpec) -> torch.Tensor:
+        """Decode and change, drawing from torch's default generator: uint8 (3, H, W). Raises DataError."""
+        if self.crop_scale < 1:
+            image = EncodedImage(encoded, spec.background)
+            pixels = decode_crop(image, random_box(image.height, image.width, self.crop_scale), self.size)
+        else:
+            pixels = plain_image(encoded, spec)
+        return self.change(pixels)
+
+
+def plain_image(encoded: bytes, spec: PreprocessSpec) -> torch.Tensor:
+    """The pixels of an evaluation: uint8 (3, H, W). Raises DataError."""
+    return torch.from_numpy(decode_image(encoded, spec).copy()).permute(2, 0, 1)
+
+
+def build_augmentation(config: AugmentConfig, spec: PreprocessSpec) -> Augmentation | None:
+    """Return what `config` asks for, or None when all that happens to single images is off."""
+    assert spec.fixed_size is not None
+    changes = _changes(config, spec)
+    if config.crop_scale == 1 and not changes:
         return None
+    from torchvision.transforms import v2
+
+    change = v2.Compose(changes) if len(changes) > 1 else changes[0] if changes else torch.nn.Identity()
+    return Augmentation(spec.fixed_size, config.crop_scale, change)
+
+
+def _changes(config: AugmentConfig, spec: PreprocessSpec) -> list[torch.nn.Module]:
     from torchvision.transforms import InterpolationMode, v2
 
-    steps: list[torch.nn.Module] = []
-    if config.crop_scale < 1:
-        steps.append(v2.RandomResizedCrop(list(size), scale=(config.crop_scale, 1.0), antialias=True))
+    changes: list[torch.nn.Module] = []
+    fill = neutral_colour(spec)
+    if config.horizontal_flip:
+        changes.append(v2.RandomHorizontalFlip(config.horizontal_flip))
     if config.rotate_degrees or config.translate or config.scale:
-        steps.append(
+        changes.append(
             v2.RandomAffine(
                 degrees=config.rotate_degrees,
                 translate=(config.translate, config.translate),
@@ -32,19 +72,49 @@ def build_augmentation(config: AugmentConfig, size: tuple[int, int]) -> Augmenta
                 interpolation=InterpolationMode.BILINEAR,
             )
         )
-    if config.horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
-    augmentation: Augmentation = v2.Compose(steps)
-    return augmentation
+    if config.policy == "randaugment":
+        changes.append(v2.RandAugment(interpolation=InterpolationMode.BILINEAR, fill=fill))
+    elif config.policy == "trivialaugment":
+        changes.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=fill))
+    if config.brightness or config.contrast or config.saturation or config.hue:
+        changes.append(v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue))
+    if config.erase:
+        changes.append(v2.RandomErasing(config.erase, value=fill))
+    return changes
 
 
-def augment(image: torch.Tensor, augmentation: Augmentation, seed: int, epoch: int, index: int) -> torch.Tensor:
-    """Apply `augmentation` to one image (3, H, W) with randomness of (seed, epoch, index) alone."""
+def neutral_colour(spec: PreprocessSpec) -> list[int]:
+    """The colour, 0..255, that the normalisation turns into about 0."""
+    return [round(255 * mean) for mean in spec.mean]
+
+
+def random_box(height: int, width: int, smallest: float) -> Box:
+    """A crop of `smallest` to all of the area and an aspect ratio between 3/4 and 4/3, drawn as torchvision draws it.
+
+    Where ten draws do not fit, the largest central crop of an allowed ratio.
+    """
+    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
+    draws = torch.rand(CROP_ATTEMPTS, 2).tolist()
+    for area_draw, ratio_draw in draws:
+        area = height * width * (smallest + area_draw * (1 - smallest))
+        ratio = math.exp(low + ratio_draw * (high - low))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top, left = (int(torch.randint(room + 1, ())) for room in (height - box_height, width - box_width))
+            return Box(top, left, box_height, box_width)
+    ratio = min(max(width / height, ASPECT_RATIOS[0]), ASPECT_RATIOS[1])
+    box_width, box_height = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Let torch's default generator be a function of (seed, epoch, sample) for a block."""
     generator = torch.default_generator
     # With num_workers=0 the model's own random state lives in the same generator.
     state = generator.get_state()
     generator.manual_seed(mix(seed, epoch, index))
     try:
-        return augmentation(image)
+        yield
     finally:
         generator.set_state(state)

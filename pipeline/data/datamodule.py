@@ -78,8 +78,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled and augmented, resumable in the middle of an epoch."""
-        assert self.spec.fixed_size is not None
-        augmentation = build_augmentation(self.config.augment, self.spec.fixed_size)
+        augmentation = build_augmentation(self.config.augment, self.spec)
         dataset = ShardDataset(self.manifest, "train", self.spec, augmentation, self.seed)
         return self._loader(dataset, shuffle=True, drop_last=self.config.drop_last)
 
@@ -99,7 +98,7 @@ class ShardDataModule(L.LightningDataModule):
         config = self.config
         # Rank and world size are captured here: a spawned worker could not find them out, and would read everything.
         batches = GlobalBatchSampler(
-            dataset.shard_sizes,
+            [shard.num_samples for shard in dataset.shards],
             config.global_batch_size,
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
@@ -107,6 +106,7 @@ class ShardDataModule(L.LightningDataModule):
             window=config.shuffle_shards,
             shuffle=shuffle,
             drop_last=drop_last,
+            weights=[shard.weight for shard in dataset.shards],
         )
         workers: dict[str, Any] = {}
         if config.num_workers:

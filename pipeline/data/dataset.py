@@ -1,22 +1,25 @@
 """Map-style access to the samples of sharded tars: an index row, one `pread`, one decode.
 
-No tar is parsed and nothing is unpickled or run: only image bytes and integer labels are ever read from a shard.
+No tar is parsed and nothing is unpickled or run: only image bytes and integer labels are ever read from a shard. The index is
+mapped by each process from the same file, so that loader processes share one copy of it.
 """
 
+import math
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from pipeline.data.augment import Augmentation, augment
+from pipeline.data.augment import Augmentation, neutral_colour, plain_image, seeded
 from pipeline.data.order import SampleRef
 from pipeline.errors import DataError
 from pipeline.manifest import DatasetManifest, open_index
-from pipeline.preprocess import PreprocessSpec, decode_image
+from pipeline.preprocess import PreprocessSpec
 
 TAR_BLOCK_BYTES = 512
 
@@ -26,21 +29,23 @@ class Batch(TypedDict):
 
     image: torch.Tensor  # uint8 (n, 3, H, W), RGB
     label: torch.Tensor  # int64 (n,)
-    weight: torch.Tensor  # float32 (n,), 0 for padding
+    weight: torch.Tensor  # float32 (n,), 0 for padding and for samples that cannot be decoded
     index: torch.Tensor  # int64 (n,)
+    bad: list[tuple[int, str]]  # row and reason of each sample that cannot be decoded
 
 
 class ShardReader:
     """Reads byte ranges of shards. Files are opened lazily in each process, which makes it safe to fork and to pickle."""
 
-    def __init__(self, paths: list[Path], max_open: int = 256) -> None:
+    def __init__(self, paths: list[Path], max_open: int = 256, fetch: Callable[[int], Path] | None = None) -> None:
         self.paths = paths
         self.max_open = max_open
+        self.fetch = fetch  # brings a shard that is not here yet
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "max_open": self.max_open, "_descriptors": OrderedDict(), "_process": 0}
+        return {**self.__dict__, "_descriptors": OrderedDict(), "_process": 0}
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset` of a shard. Raises DataError when the file ends before."""
@@ -60,7 +65,8 @@ class ShardReader:
             if len(self._descriptors) >= self.max_open:
                 os.close(self._descriptors.popitem(last=False)[1])
             try:
-                descriptor = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+                path = self.paths[shard] if self.fetch is None else self.fetch(shard)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError as error:
                 raise DataError(f"{self.paths[shard]}: shard is missing. Rebuild with `shardline shard --fresh`.") from error
         self._descriptors[shard] = descriptor
@@ -80,13 +86,23 @@ class ShardDataset(Dataset[Any]):
         spec: PreprocessSpec,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        fetch: Callable[[int], Path] | None = None,
     ) -> None:
+        self.manifest, self.split_name = manifest, split_name
         self.rows = open_index(manifest, split_name)
-        self.shard_sizes = [shard.num_samples for shard in manifest.split(split_name).shards]
-        self.reader = ShardReader([manifest.folder / shard.name for shard in manifest.split(split_name).shards])
+        self.shards = manifest.split(split_name).shards
+        self.reader = ShardReader([manifest.folder / shard.name for shard in self.shards], fetch=fetch)
         self.spec = spec
         self.augmentation = augmentation
         self.seed = seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map is pickled as all of its bytes.
+        return {**self.__dict__, "rows": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.rows = open_index(self.manifest, self.split_name)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,6 +112,10 @@ class ShardDataset(Dataset[Any]):
         row = self.rows[index]
         return self.reader.read(int(row["shard"]), int(row["offset"]), int(row["size"]))
 
+    def shard_name(self, index: int) -> str:
+        """The shard that holds a sample."""
+        return self.shards[int(self.rows[index]["shard"])].name
+
     def key(self, index: int) -> str:
         """The sample's WebDataset key, read from the tar header before its image."""
         row = self.rows[index]
@@ -104,28 +124,53 @@ class ShardDataset(Dataset[Any]):
         return name.split(".", 1)[0]
 
     def image(self, index: int, epoch: int = 0) -> torch.Tensor:
-        """The decoded, in training augmented, image of a sample: uint8 (3, H, W)."""
-        try:
-            pixels = decode_image(self.encoded(index), self.spec)
-        except DataError as error:
-            shard = self.reader.paths[int(self.rows[index]["shard"])]
-            raise DataError(
-                f"{shard}: sample {self.key(index)} cannot be decoded ({error}). "
-                "Replace its image in the source and rebuild with `shardline shard --fresh`."
-            ) from error
-        tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)  # (3, H, W)
-        if self.augmentation is not None:
-            tensor = augment(tensor, self.augmentation, self.seed, epoch, index)
-        return tensor
+        """The decoded, in training augmented, image of a sample: uint8 (3, H, W). Raises DataError."""
+        return self._pixels(self.encoded(index), index, epoch)
+
+    def _pixels(self, encoded: bytes, index: int, epoch: int) -> torch.Tensor:
+        if self.augmentation is None:
+            return plain_image(encoded, self.spec)
+        with seeded(self.seed, epoch, index):
+            return self.augmentation.image(encoded, self.spec)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.image(index), int(self.rows[index]["label"])
 
     def __getitems__(self, refs: list[SampleRef]) -> Batch:
+        """A local batch. A sample that cannot be decoded is a neutral image of weight 0, named in `bad`."""
+        assert self.spec.fixed_size is not None
         indices = np.array([ref.sample_index for ref in refs])
+        weights = np.array([ref.weight for ref in refs], np.float32)
+        images = new_images(len(refs), self.spec.fixed_size)
+        bad = []
+        for place in np.argsort(indices, kind="stable").tolist():  # the order of the file
+            ref = refs[place]
+            encoded = self.encoded(ref.sample_index)
+            try:
+                images[place] = self._pixels(encoded, ref.sample_index, ref.epoch)
+            except DataError as error:
+                images[place] = torch.tensor(neutral_colour(self.spec), dtype=torch.uint8)[:, None, None]
+                if weights[place] > 0:
+                    bad.append((place, str(error)))
+                weights[place] = 0
         return {
-            "image": torch.stack([self.image(ref.sample_index, ref.epoch) for ref in refs]),
+            "image": images,
             "label": torch.from_numpy(self.rows["label"][indices].astype(np.int64)),
-            "weight": torch.tensor([ref.weight for ref in refs], dtype=torch.float32),
+            "weight": torch.from_numpy(weights),
             "index": torch.from_numpy(indices),
+            "bad": sorted(bad),
         }
+
+
+def new_images(num_samples: int, size: tuple[int, int]) -> torch.Tensor:
+    """Room for a batch, uint8 (n, 3, H, W); in a loader process already in the memory that it shares with the rank.
+
+    In memory the channels lie together, as decoders write them: turning each image round would cost a tenth of its decode.
+    """
+    shape = (num_samples, *size, 3)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+    # As torch's own collate function does.
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")  # type: ignore[no-untyped-call]
+    images = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    return images.permute(0, 3, 1, 2)

@@ -1,7 +1,8 @@
 """The order of samples: a pure function of (shard sizes, seed, epoch), and the slice of it that each rank takes.
 
-It knows no rank, worker, start method or restart, and that is what makes training exact, resumable and replayable. numpy
-keeps its bit generators stable across versions but not its `shuffle`, so the order is a sort by Philox keys.
+It knows no rank, worker, start method or restart, and that is what makes training exact, resumable and replayable. Nothing of
+it is stored: a window of shards is sorted when the epoch reaches it. numpy keeps its bit generators stable across versions but
+not its `shuffle`, so the order is a sort by Philox keys.
 """
 
 import hashlib
@@ -13,8 +14,11 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from pipeline.errors import ConfigError
+from pipeline.manifest import num_drawn
 
 Positions = npt.NDArray[np.int64]
+# Positions that are interleaved at a time where shards have different weights.
+BLOCK = 1 << 16
 
 
 class SampleRef(NamedTuple):
@@ -35,19 +39,167 @@ def _hashed_keys(count: int, *seeds: int) -> npt.NDArray[np.uint64]:
     return np.random.Philox(key=mix(*seeds)).random_raw(count)
 
 
-def epoch_order(shard_sizes: list[int], seed: int, epoch: int, window: int) -> Positions:
-    """Return every sample index once, (N,): shards shuffled, then samples within windows of `window` shards.
+class EpochOrder:
+    """The order of one pass over `shard_sizes`: shards shuffled, then samples within windows of `window` shards.
 
-    Reading stays near-sequential within a window. 1.28 M samples in 1,024 shards take about 50 ms, so nothing is stored.
+    Any slice can be asked for, at the cost of the windows that it touches: the memory is that of a window, and a pass of 100
+    million samples can begin anywhere at once.
     """
-    first = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
-    shards = np.argsort(_hashed_keys(len(shard_sizes), seed, epoch, 0), kind="stable")
-    parts = []
-    for number, start in enumerate(range(0, len(shards), window)):
-        members = np.concatenate([np.arange(first[s], first[s + 1]) for s in shards[start : start + window]])
-        keys = _hashed_keys(len(members), seed, epoch, 1, number)
-        parts.append(members[np.argsort(keys, kind="stable")])
-    return np.concatenate(parts)
+
+    def __init__(self, shard_sizes: npt.NDArray[np.int64], seed: int, epoch: int, window: int) -> None:
+        self.seed, self.epoch, self.window = seed, epoch, window
+        self.sizes = shard_sizes
+        self.first = np.concatenate([[0], np.cumsum(shard_sizes)])  # index of each shard's first sample
+        self.shards = np.argsort(_hashed_keys(len(shard_sizes), seed, epoch, 0), kind="stable")
+        ends = np.cumsum(shard_sizes[self.shards])[window - 1 :: window]
+        self.window_first = np.concatenate([[0], ends, [self.first[-1]]])  # position of each window's first sample
+        self._last: tuple[int, Positions] | None = None
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __getitem__(self, span: slice) -> Positions:
+        """Sample indices at positions start <= position < stop."""
+        start, stop, _ = span.indices(len(self))
+        parts = [np.zeros(0, np.int64)]
+        while start < stop:
+            number = int(np.searchsorted(self.window_first, start, side="right")) - 1
+            first, end = int(self.window_first[number]), int(self.window_first[number + 1])
+            parts.append(self._window(number)[start - first : stop - first])
+            start = end
+        return np.concatenate(parts)
+
+    def _window(self, number: int) -> Positions:
+        if self._last is None or self._last[0] != number:
+            members = np.concatenate([np.arange(self.first[s], self.first[s + 1]) for s in self.shards_of(number)])
+            keys = _hashed_keys(len(members), self.seed, self.epoch, 1, number)
+            self._last = number, members[np.argsort(keys, kind="stable")]
+        return self._last[1]
+
+    def shards_of(self, number: int) -> list[int]:
+        """The shards of a window."""
+        return [int(shard) for shard in self.shards[number * self.window : (number + 1) * self.window]]
+
+    def upcoming_shards(self, position: int) -> Iterator[int]:
+        """Every shard still needed from `position` on, in the order of first need."""
+        for shard in self.shards[int(np.searchsorted(self.window_first, position, side="right") - 1) * self.window :]:
+            yield int(shard)
+
+
+class WeightedOrder:
+    """The order of one epoch over shards of different weights, sliced as an EpochOrder is.
+
+    Shards of one weight w and N samples in all give round(w * N) positions: floor(w) whole passes and the beginning of another.
+    These streams are interleaved evenly. With a single weight of 1 it is that one pass.
+    """
+
+    def __init__(self, shard_sizes: list[int], weights: list[float], seed: int, epoch: int, window: int) -> None:
+        self.streams = []
+        sizes, weight_of = np.asarray(shard_sizes, np.int64), np.asarray(weights)
+        for weight in sorted(set(weights)):
+            shards = np.flatnonzero(weight_of == weight)
+            self.streams.append(_Stream(sizes, shards, weight, seed, epoch, window))
+        self.lengths = [len(stream) for stream in self.streams]
+        self.num_blocks = -(-sum(self.lengths) // BLOCK) or 1
+        self._last: tuple[int, Positions] | None = None
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def __getitem__(self, span: slice) -> Positions:
+        """Sample indices at positions start <= position < stop."""
+        start, stop, _ = span.indices(len(self))
+        if len(self.streams) == 1:
+            return self.streams[0].take(start, stop)
+        parts = [np.zeros(0, np.int64)]
+        number = self._block_at(start)
+        while start < stop:
+            first, end = sum(self._bounds(number)), sum(self._bounds(number + 1))
+            parts.append(self._block(number)[start - first : stop - first])
+            start, number = end, number + 1
+        return np.concatenate(parts)
+
+    def _bounds(self, number: int) -> list[int]:
+        """How much of each stream lies before block `number`, in integers so that every machine agrees."""
+        return [(2 * length * number + self.num_blocks) // (2 * self.num_blocks) for length in self.lengths]
+
+    def _block_at(self, position: int) -> int:
+        low, high = 0, self.num_blocks
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if sum(self._bounds(middle)) <= position else (low, middle)
+        return low
+
+    def _block(self, number: int) -> Positions:
+        if self._last is None or self._last[0] != number:
+            bounds = list(zip(self._bounds(number), self._bounds(number + 1), strict=True))
+            # The j-th of n positions of a stream belongs at (j + 1/2) / n of the epoch.
+            places = [
+                (np.arange(start, stop) + 0.5) / length for (start, stop), length in zip(bounds, self.lengths, strict=True)
+            ]
+            members = [stream.take(*bound) for stream, bound in zip(self.streams, bounds, strict=True)]
+            self._last = number, np.concatenate(members)[np.argsort(np.concatenate(places), kind="stable")]
+        return self._last[1]
+
+    def upcoming_shards(self, position: int) -> Iterator[int]:
+        """Every shard still needed from `position` on, about in the order of first need."""
+        starts = self._bounds(self._block_at(position)) if len(self.streams) > 1 else [position]
+        pending = [stream.upcoming_shards(start) for stream, start in zip(self.streams, starts, strict=True)]
+        while pending:
+            for shards in list(pending):
+                shard = next(shards, None)
+                if shard is None:
+                    pending.remove(shards)
+                else:
+                    yield shard
+
+
+class _Stream:
+    """The positions that shards of one weight have in an epoch."""
+
+    def __init__(
+        self, sizes: npt.NDArray[np.int64], shards: Positions, weight: float, seed: int, epoch: int, window: int
+    ) -> None:
+        self.shards = shards
+        self.first = np.concatenate([[0], np.cumsum(sizes)])[shards]  # index of the first sample of each of these shards
+        self.sizes = sizes[shards]
+        self.local_first = np.concatenate([[0], np.cumsum(self.sizes)])
+        self.total = int(self.local_first[-1])
+        self.length = num_drawn(weight, self.total)
+        self.seed, self.epoch, self.window = seed, epoch, window
+        self.is_all = len(shards) == len(sizes)
+        self._passes: dict[int, EpochOrder] = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def _pass(self, number: int) -> EpochOrder:
+        if number not in self._passes:
+            seed = mix(self.seed, number) if number else self.seed
+            self._passes = {number: EpochOrder(self.sizes, seed, self.epoch, self.window)}
+        return self._passes[number]
+
+    def take(self, start: int, stop: int) -> Positions:
+        """Sample indices of the whole split at positions start <= position < stop of this stream."""
+        parts = [np.zeros(0, np.int64)]
+        while start < stop:
+            number, offset = divmod(start, self.total)
+            until = min(stop, (number + 1) * self.total)
+            parts.append(self._pass(number)[offset : offset + until - start])
+            start = until
+        local = np.concatenate(parts)
+        if self.is_all:
+            return local
+        shard = np.searchsorted(self.local_first, local, side="right") - 1
+        return np.asarray(self.first[shard] + local - self.local_first[shard], np.int64)
+
+    def upcoming_shards(self, start: int) -> Iterator[int]:
+        """Shards from position `start` to the end of this stream."""
+        while start < self.length:
+            number, offset = divmod(start, self.total)
+            for local in self._pass(number).upcoming_shards(offset):
+                yield int(self.shards[local])
+            start = (number + 1) * self.total
 
 
 def local_batch_size(global_batch_size: int, world_size: int) -> int:
@@ -71,8 +223,9 @@ def steps_per_epoch(num_samples: int, global_batch_size: int, *, drop_last: bool
 class GlobalBatchSampler(Sampler[list[SampleRef]]):
     """Yields this rank's slice of every global batch of an epoch, from global batch `start` on.
 
-    Global batch k is order[k*G : (k+1)*G]. Without `drop_last` the last one is padded to G with samples of weight 0, and its
-    real samples weigh G / (number of them), so that the mean over G is the mean over the real ones.
+    Global batch k is order[k*G : (k+1)*G]. Without `drop_last` the last one is padded to G with samples of weight 0. In
+    training (`shuffle`) its real samples then weigh G / (number of them), so that the mean over G is the mean over the real
+    ones. `weights` are those of the shards in training; an evaluation sees every sample once.
     """
 
     def __init__(
@@ -86,13 +239,15 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
         window: int,
         shuffle: bool,
         drop_last: bool,
+        weights: list[float] | None = None,
     ) -> None:
         self.shard_sizes = shard_sizes
+        self.weights = weights or [1.0] * len(shard_sizes)
         self.global_batch_size = global_batch_size
         self.local_batch_size = local_batch_size(global_batch_size, world_size)
         self.seed, self.rank, self.window = seed, rank, window
         self.shuffle, self.drop_last = shuffle, drop_last
-        self.num_samples = sum(shard_sizes)
+        self.num_samples = len(self.order(0)) if shuffle else sum(shard_sizes)
         self.epoch = 0
         self.start = 0
 
@@ -108,19 +263,28 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
         """Choose the epoch whose order the next iteration yields."""
         self.epoch = epoch
 
+    def order(self, epoch: int) -> WeightedOrder:
+        """The shuffled order of an epoch."""
+        return WeightedOrder(self.shard_sizes, self.weights, self.seed, epoch, self.window)
+
+    def upcoming_shards(self) -> Iterator[int]:
+        """Shards that the next iteration will read, in the order of first need."""
+        if self.shuffle:
+            return self.order(self.epoch).upcoming_shards(self.start * self.global_batch_size)
+        return iter(range(len(self.shard_sizes)))
+
     def __iter__(self) -> Iterator[list[SampleRef]]:
         start, self.start = self.start, 0
-        order = np.arange(self.num_samples)
-        if self.shuffle:
-            order = epoch_order(self.shard_sizes, self.seed, self.epoch, self.window)
-        for number in range(start, len(self)):
-            yield self._local_batch(order, number)
-
-    def _local_batch(self, order: Positions, number: int) -> list[SampleRef]:
+        order = self.order(self.epoch) if self.shuffle else None
         size = self.global_batch_size
-        members = order[number * size : (number + 1) * size]
+        for first in range(start * size, len(self) * size, size):
+            end = min(first + size, self.num_samples)
+            members = order[first:end] if order is not None else np.arange(first, end)
+            yield self._local_batch(members)
+
+    def _local_batch(self, members: Positions) -> list[SampleRef]:
         num_real = len(members)
-        weight = size / num_real if self.shuffle else 1.0
+        weight = self.global_batch_size / num_real if self.shuffle else 1.0
         first = self.rank * self.local_batch_size
         return [
             SampleRef(int(members[place % num_real]), self.epoch, weight if place < num_real else 0.0)

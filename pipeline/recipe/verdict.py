@@ -42,15 +42,14 @@ class Subject:
 
     def dataset(self, *, augmented: bool) -> ShardDataset:
         """The training split, with or without the run's augmentation."""
-        assert self.spec.fixed_size is not None
-        augmentation = build_augmentation(self.config.data.augment, self.spec.fixed_size) if augmented else None
+        augmentation = build_augmentation(self.config.data.augment, self.spec) if augmented else None
         return ShardDataset(self.manifest, "train", self.spec, augmentation, self.config.seed)
 
     def first_batch(self, *, augmented: bool, size: int | None = None) -> Batch:
         """The first samples of epoch 0 in training order, as many as a global batch or `size` if that is fewer."""
         dataset = self.dataset(augmented=augmented)
         batches = GlobalBatchSampler(
-            dataset.shard_sizes,
+            [shard.num_samples for shard in dataset.shards],
             self.config.data.global_batch_size,
             seed=self.config.seed,
             rank=0,
@@ -58,12 +57,15 @@ class Subject:
             window=self.config.data.shuffle_shards,
             shuffle=True,
             drop_last=False,
+            weights=[shard.weight for shard in dataset.shards],
         )
         samples = [sample for sample in next(iter(batches)) if sample.weight > 0][:size]
         batch = dataset.__getitems__(samples)
+        good = batch["weight"] > 0
         return Batch(
-            image=batch["image"].to(self.device),
-            label=batch["label"].to(self.device),
-            weight=batch["weight"].to(self.device),
-            index=batch["index"],
+            image=batch["image"][good].to(self.device),
+            label=batch["label"][good].to(self.device),
+            weight=batch["weight"][good].to(self.device),
+            index=batch["index"][good],
+            bad=[],
         )

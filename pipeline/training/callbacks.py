@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from pipeline.console import say
 from pipeline.tracking.run import RunTracker
+from pipeline.training.bad_samples import BadSampleLedger
 from pipeline.training.classifier import Classifier
 
 
@@ -37,8 +38,9 @@ class WarmUpBuckets(L.Callback):
 class TrainingCurves(L.Callback):
     """Sends the loss and accuracy of every n-th global batch, and each validation, to MLflow, from rank 0."""
 
-    def __init__(self, tracker: RunTracker | None, class_names: list[str], every_steps: int) -> None:
+    def __init__(self, tracker: RunTracker | None, class_names: list[str], every_steps: int, ledger: BadSampleLedger) -> None:
         self.tracker, self.class_names, self.every_steps = tracker, class_names, every_steps
+        self.ledger = ledger
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,13 +49,16 @@ class TrainingCurves(L.Callback):
         if trainer.global_step % self.every_steps:
             return
         assert isinstance(module, Classifier)
-        sums = module.step_sums.clone()  # (3,)
+        num_bad = torch.tensor([float(self.ledger.total)], device=module.device)
+        sums = torch.cat([module.step_sums, num_bad])  # (4,)
         if dist.is_initialized():
             dist.all_reduce(sums)
         if self.tracker is not None:
-            loss, correct, weight = (float(value) for value in sums)
+            loss, correct, weight, bad = (float(value) for value in sums)
             learning_rate = float(trainer.optimizers[0].param_groups[0]["lr"])
-            metrics = {"train/loss": loss / weight, "train/accuracy": correct / weight, "train/learning_rate": learning_rate}
+            metrics = {"train/learning_rate": learning_rate, "data/bad_samples": bad}
+            if weight:  # a batch of nothing but bad samples has neither
+                metrics |= {"train/loss": loss / weight, "train/accuracy": correct / weight}
             self.tracker.log(metrics, trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

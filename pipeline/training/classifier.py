@@ -11,6 +11,7 @@ from pipeline.config import Config
 from pipeline.data.dataset import Batch
 from pipeline.data.order import mix
 from pipeline.task import EvaluationSums, Metrics, sample_losses
+from pipeline.training.mixing import mix_batch
 from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
 
@@ -41,12 +42,15 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean loss over the local batch; with DDP's mean over ranks, the mean over the global batch."""
-        logits = self.network(batch["image"])  # (n, K)
-        weights = batch["weight"]  # (n,)
-        weighted = weights * sample_losses(logits, batch["label"])
-        with torch.no_grad():
-            correct = weights * (logits.argmax(dim=1) == batch["label"])
-            self.step_sums = torch.stack([weighted.sum(), correct.sum(), weights.sum()])
+        images, labels, weights = batch["image"], batch["label"], batch["weight"]  # (n, 3, H, W), (n,), (n,)
+        mixed = mix_batch(images, labels, weights, self.config.data.augment, self.config.seed, self.global_step)
+        logits = self.network(images if mixed is None else mixed.image)  # (n, K)
+        losses, correct = sample_losses(logits, labels), (logits.argmax(dim=1) == labels).float()  # (n,)
+        if mixed is not None:
+            losses = torch.lerp(sample_losses(logits, mixed.other_label), losses, mixed.share)
+            correct = torch.lerp((logits.argmax(dim=1) == mixed.other_label).float(), correct, mixed.share)
+        weighted = weights * losses
+        self.step_sums = torch.stack([weighted.detach().sum(), (weights * correct).sum(), weights.sum()])
         return weighted.sum() / len(weights)
 
     def configure_optimizers(self) -> Any:
@@ -87,6 +91,7 @@ class Classifier(L.LightningModule):
     def _add(self, batch: Batch) -> torch.Tensor:
         logits: torch.Tensor = self.network(batch["image"])
         self.sums.add(logits, batch["label"], batch["weight"], batch["index"])
+        self.sums.add_bad(batch["index"][[row for row, _ in batch["bad"]]])
         return logits
 
     def on_validation_epoch_start(self) -> None:
@@ -111,6 +116,7 @@ class Classifier(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Count one batch; keep (index, label, predicted, confidence) of each row, index -1 for padding."""
         confidence, predicted = self._add(batch).softmax(dim=1).max(dim=1)
+        # Padding and samples that no longer decode have no prediction.
         index = torch.where(batch["weight"] > 0, batch["index"], -1)
         rows = torch.stack([index.double(), batch["label"].double(), predicted.double(), confidence.double()], dim=1)
         self.predictions.append(rows)

@@ -45,6 +45,7 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
     result = {
         "split": split,
         "num_samples": metrics.num_samples,
+        "num_bad_samples": metrics.num_bad,
         "accuracy": metrics.accuracy,
         "loss": metrics.loss,
         "recall": dict(zip(manifest.class_names, metrics.recall, strict=True)),

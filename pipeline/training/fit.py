@@ -22,6 +22,7 @@ from pipeline.models.sequential import build_network, count_parameters
 from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.run import BEST, LAST, RunRecord, open_run
 from pipeline.tracking.run import RunTracker, open_tracker
+from pipeline.training.bad_samples import BadSampleLedger
 from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
 from pipeline.training.checkpoint import identity_of, load_checkpoint
 from pipeline.training.checkpoint_writer import CheckpointWriter, DurableCheckpointIO
@@ -133,13 +134,15 @@ def _fit_rank(
     L.seed_everything(config.seed, verbose=False)
     network = build_network(config.model, len(manifest.class_names), spec)
     batches = steps_per_epoch(
-        manifest.split("train").num_samples, config.data.global_batch_size, drop_last=config.data.drop_last
+        manifest.split("train").samples_per_epoch, config.data.global_batch_size, drop_last=config.data.drop_last
     )
     module = Classifier(network, config, len(manifest.class_names), total_steps=batches * config.trainer.max_epochs)
     writer = CheckpointWriter(config, manifest, identity_of(record), config.run_dir)
+    ledger = BadSampleLedger(config.run_dir, config.data)
     callbacks = [
         WarmUpBuckets(spec.fixed_size),
-        TrainingCurves(tracker, manifest.class_names, config.trainer.log_every_steps),
+        ledger,
+        TrainingCurves(tracker, manifest.class_names, config.trainer.log_every_steps, ledger),
         ShowProgress(),
         writer,
         StopOnSignal(writer),

@@ -11,6 +11,7 @@ from pipeline.manifest import DatasetManifest, require_labels
 from pipeline.models.sequential import build_network, require_forward
 from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.task import require_supported
+from pipeline.training.mixing import require_mixable
 from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
 
@@ -18,7 +19,7 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
     """Refuse, before any rank starts, everything that would make one fail. Raises ConfigError or DataError."""
     require_supported(manifest.task)
     spec = build_spec(config.preprocess, manifest.image_stats)
-    local_batch_size(config.data.global_batch_size, world_size)
+    require_mixable(config.data.augment, local_batch_size(config.data.global_batch_size, world_size))
     if "val" not in manifest.splits:
         raise DataError(
             f"{manifest.folder}: has no `val` split, which chooses the best checkpoint. "
@@ -26,7 +27,7 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
         )
     for split in ("train", "val", manifest.evaluation_split):
         require_labels(manifest, split)
-    num_samples = manifest.split("train").num_samples
+    num_samples = manifest.split("train").samples_per_epoch
     if config.data.drop_last and num_samples < config.data.global_batch_size:
         raise DataError(
             f"{manifest.folder}: its train split has {num_samples} samples, fewer than `data.global_batch_size` "

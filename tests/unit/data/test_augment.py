@@ -1,82 +1,151 @@
+import contextlib
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.config import AugmentConfig
-from pipeline.data.augment import Augmentation, augment, build_augmentation
+from pipeline.config import AugmentConfig, PreprocessConfig
+from pipeline.data.augment import Augmentation, build_augmentation, neutral_colour, plain_image, random_box, seeded
+from pipeline.manifest import ImageStats
+from pipeline.preprocess import build_spec
+from tests.unit.data.images import as_png, noise
 
 SIZE = (16, 20)
-EVERYTHING = AugmentConfig(horizontal_flip=0.5, rotate_degrees=20.0, translate=0.1, scale=0.1, crop_scale=0.5)
+SPEC = build_spec(PreprocessConfig(resize=list(SIZE)), ImageStats("train", [0.2, 0.4, 0.6], [0.5] * 3))
+EVERYTHING = AugmentConfig(
+    horizontal_flip=0.5,
+    rotate_degrees=20.0,
+    translate=0.1,
+    scale=0.1,
+    crop_scale=0.5,
+    brightness=0.2,
+    policy="randaugment",
+    erase=0.5,
+)
 
 
 @pytest.fixture
-def image() -> torch.Tensor:
-    """Noise, so that every change shows: uint8 (3, H, W)."""
-    return torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def encoded() -> bytes:
+    """Noise, so that every change shows: a PNG of 16 x 20 pixels."""
+    return as_png(noise(*SIZE))
 
 
 def build(config: AugmentConfig) -> Augmentation:
-    augmentation = build_augmentation(config, SIZE)
+    augmentation = build_augmentation(config, SPEC)
     assert augmentation is not None
     return augmentation
 
 
+def augmented(encoded: bytes, augmentation: Augmentation, seed: int = 0, epoch: int = 0, index: int = 0) -> torch.Tensor:
+    with seeded(seed, epoch, index):
+        return augmentation.image(encoded, SPEC)
+
+
 def test_nothing_is_built_when_all_is_off() -> None:
-    assert build_augmentation(AugmentConfig(), SIZE) is None
+    assert build_augmentation(AugmentConfig(), SPEC) is None
+    assert build_augmentation(AugmentConfig(mixup=0.2, cutmix=1.0), SPEC) is None  # they change batches, not images
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"horizontal_flip": 0.5}, {"rotate_degrees": 20.0}, {"translate": 0.2}, {"scale": 0.2}, {"crop_scale": 0.5}],
-    ids=lambda change: next(iter(change)),
+    [
+        {"horizontal_flip": 0.5},
+        {"rotate_degrees": 20.0},
+        {"translate": 0.2},
+        {"scale": 0.2},
+        {"crop_scale": 0.5},
+        {"brightness": 0.5},
+        {"contrast": 0.5},
+        {"saturation": 0.5},
+        {"hue": 0.5},
+        {"policy": "randaugment"},
+        {"policy": "trivialaugment"},
+        {"erase": 0.5},
+    ],
+    ids=lambda change: "-".join(map(str, change.values() if "policy" in change else change)),
 )
-def test_each_setting_changes_images_alone_and_keeps_their_size(change: dict[str, Any], image: torch.Tensor) -> None:
+def test_each_setting_changes_images_alone_and_keeps_their_size(change: dict[str, Any], encoded: bytes) -> None:
     augmentation = build(replace(AugmentConfig(), **change))
-    before = image.clone()
-    changed = [augment(image, augmentation, 0, 0, index) for index in range(20)]
+    image = plain_image(encoded, SPEC)
+    changed = [augmented(encoded, augmentation, index=index) for index in range(20)]
     assert all(one.shape == image.shape and one.dtype == torch.uint8 for one in changed)
     assert sum(not torch.equal(one, image) for one in changed) >= 4
-    assert torch.equal(image, before)
 
 
-def test_a_flip_mirrors_left_and_right(image: torch.Tensor) -> None:
-    augmentation = build(AugmentConfig(horizontal_flip=0.999999))
-    assert torch.equal(augment(image, augmentation, 1, 2, 3), image.flip(-1))
+def test_a_flip_mirrors_left_and_right(encoded: bytes) -> None:
+    augmentation = build(AugmentConfig(horizontal_flip=1.0))
+    assert torch.equal(augmented(encoded, augmentation), plain_image(encoded, SPEC).flip(-1))
 
 
-def test_an_augmentation_is_a_pure_function_of_seed_epoch_and_sample(image: torch.Tensor) -> None:
+def test_what_is_erased_has_the_colour_that_normalisation_makes_nothing_of(encoded: bytes) -> None:
+    assert neutral_colour(SPEC) == [51, 102, 153]
+    augmentation = build(AugmentConfig(erase=1.0))
+    erased = augmented(encoded, augmentation)
+    changed = (erased != plain_image(encoded, SPEC)).any(dim=0)
+    assert changed.any()
+    assert {tuple(colour) for colour in erased[:, changed].T.tolist()} == {(51, 102, 153)}
+
+
+def test_an_augmentation_is_a_pure_function_of_seed_epoch_and_sample(encoded: bytes) -> None:
     augmentation = build(EVERYTHING)
     torch.manual_seed(1)
-    first = augment(image, augmentation, seed=5, epoch=6, index=7)
+    first = augmented(encoded, augmentation, seed=5, epoch=6, index=7)
     torch.manual_seed(2)
     torch.rand(100)
-    augment(image, augmentation, seed=0, epoch=0, index=0)
-    assert torch.equal(augment(image, build(EVERYTHING), seed=5, epoch=6, index=7), first)
+    augmented(encoded, augmentation)
+    assert torch.equal(augmented(encoded, build(EVERYTHING), seed=5, epoch=6, index=7), first)
 
 
-def test_another_seed_epoch_or_sample_gets_another_augmentation(image: torch.Tensor) -> None:
+def test_another_seed_epoch_or_sample_gets_another_augmentation(encoded: bytes) -> None:
     augmentation = build(EVERYTHING)
     numbers = [(5, 6, 7), (4, 6, 7), (5, 5, 7), (5, 6, 6), (7, 6, 5)]
-    assert len({augment(image, augmentation, *one).numpy().tobytes() for one in numbers}) == len(numbers)
+    assert len({augmented(encoded, augmentation, *one).numpy().tobytes() for one in numbers}) == len(numbers)
 
 
-def test_the_randomness_of_the_model_is_not_disturbed(image: torch.Tensor) -> None:
-    augmentation = build(EVERYTHING)
+def test_the_randomness_of_the_model_is_not_disturbed(encoded: bytes) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    augment(image, augmentation, 0, 0, 0)
+    augmented(encoded, build(EVERYTHING))
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_the_randomness_of_the_model_is_not_disturbed_by_an_error_either(image: torch.Tensor) -> None:
-    def fail(_image: torch.Tensor) -> torch.Tensor:
+def test_the_randomness_of_the_model_is_not_disturbed_by_an_error_either() -> None:
+    state = torch.get_rng_state()
+    with contextlib.suppress(ZeroDivisionError), seeded(0, 0, 0):
         torch.rand(1)
         raise ZeroDivisionError
-
-    state = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError):
-        augment(image, fail, 0, 0, 0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- the random crop ----
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (8, 8), (1, 1), (1, 300), (300, 1)])
+@pytest.mark.parametrize("smallest", [0.08, 0.5, 0.99])
+def test_a_random_box_lies_in_the_image(height: int, width: int, smallest: float) -> None:
+    torch.manual_seed(0)
+    for _ in range(100):
+        box = random_box(height, width, smallest)
+        assert min(box.height, box.width) >= 1
+        assert min(box.top, box.left) >= 0
+        assert box.top + box.height <= height
+        assert box.left + box.width <= width
+
+
+def test_random_boxes_cover_the_stated_areas_ratios_and_places() -> None:
+    torch.manual_seed(0)
+    boxes = [random_box(400, 400, 0.25) for _ in range(2000)]
+    areas = torch.tensor([box.height * box.width / 400**2 for box in boxes])
+    ratios = torch.tensor([box.width / box.height for box in boxes])
+    # Uniform on 0.25 to 1, less the large ones that do not fit; the bounds leave room for rounding to whole pixels.
+    assert 0.245 < float(areas.min()) < 0.26 and 0.9 < float(areas.max()) <= 1
+    assert 0.74 < float(ratios.min()) < 0.78 and 1.29 < float(ratios.max()) < 1.35
+    assert len({(box.top, box.left) for box in boxes}) > 1000
+    assert abs(sum(box.top + box.height / 2 for box in boxes) / len(boxes) - 200) < 10
+
+
+def test_an_image_too_long_for_any_box_gives_its_middle() -> None:
+    assert random_box(30, 3000, 0.99) == (0, 1480, 30, 40)
+    assert random_box(3000, 30, 0.99) == (1480, 0, 40, 30)

@@ -7,10 +7,11 @@ import torch
 from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
 from pipeline.data.datamodule import ResumableLoader, ShardDataModule
 from pipeline.data.dataset import Batch
-from pipeline.data.order import epoch_order
 from pipeline.errors import DataError, RunError
 from pipeline.manifest import DatasetManifest, open_index
 from pipeline.preprocess import build_spec
+from tests.unit.data.test_dataset import damage
+from tests.unit.data.test_order import epoch_order
 
 # 36 samples are 4 batches of 8 and 4 more.
 CONFIG = DataConfig(global_batch_size=8, shuffle_shards=2, augment=AugmentConfig(rotate_degrees=20.0))
@@ -27,6 +28,7 @@ def train_loader(manifest: DatasetManifest, config: DataConfig = CONFIG) -> Resu
 
 def require_equal(first: Iterable[Batch], second: Iterable[Batch]) -> None:
     for one, other in zip(first, second, strict=True):
+        assert one["bad"] == other["bad"]
         assert torch.equal(one["index"], other["index"])
         assert torch.equal(one["image"], other["image"])
         assert torch.equal(one["label"], other["label"])
@@ -134,15 +136,7 @@ def test_the_place_of_a_loader_of_another_data_set_is_refused(tiny_dataset: Data
 # ---- loader processes ----
 
 
-def damage(manifest: DatasetManifest, index: int) -> None:
-    row = open_index(manifest, "train")[index]
-    path = manifest.folder / manifest.split("train").shards[row["shard"]].name
-    content = bytearray(path.read_bytes())
-    content[row["offset"] : row["offset"] + 4] = b"xxxx"
-    path.write_bytes(content)
-
-
-def test_two_loader_processes_give_the_same_batches_and_the_same_error_as_none(copied_dataset: DatasetManifest) -> None:
+def test_two_loader_processes_give_the_same_batches_and_the_same_errors_as_none(copied_dataset: DatasetManifest) -> None:
     alone = train_loader(copied_dataset, replace(CONFIG, drop_last=False))
     helped = train_loader(copied_dataset, replace(CONFIG, drop_last=False, num_workers=2, start_method="forkserver"))
     for epoch in (0, 1):  # the same processes live on: they must not remember the first epoch
@@ -158,10 +152,19 @@ def test_two_loader_processes_give_the_same_batches_and_the_same_error_as_none(c
     assert helped.state_dict()["batch"] == 3  # what was delivered, not what the processes have read ahead
     del remaining
 
-    damage(copied_dataset, index=7)
-    messages = []
+    damage(copied_dataset, 7)
     for loader in (alone, helped):
-        with pytest.raises(DataError, match=r"train-000001\.tar: sample \S+ cannot be decoded") as refusal:
+        loader.batches.set_epoch(2)
+    reports = [
+        [(batch["index"][row], reason) for batch in loader for row, reason in batch["bad"]] for loader in (alone, helped)
+    ]
+    assert [index for index, _ in reports[0]] == [7]
+    assert reports[0] == reports[1]
+
+    (copied_dataset.folder / "train-000003.tar").write_bytes(b"")
+    messages = []
+    for loader in (alone, train_loader(copied_dataset, replace(CONFIG, num_workers=1, start_method="forkserver"))):
+        with pytest.raises(DataError, match=r"train-000003\.tar: ends before byte") as refusal:
             list(loader)
-        messages.append(str(refusal.value))
+        messages.append(str(refusal.value).split(": ends")[0])
     assert messages[0] == messages[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.config import AugmentConfig, PreprocessConfig
-from pipeline.data.augment import augment, build_augmentation
+from pipeline.data.augment import build_augmentation, neutral_colour, seeded
 from pipeline.data.dataset import ShardDataset, ShardReader
 from pipeline.data.order import SampleRef
 from pipeline.errors import DataError
@@ -65,12 +65,15 @@ def test_a_batch_holds_what_its_references_ask_for_in_their_order(tiny_dataset: 
 
 
 def test_an_image_is_augmented_by_the_epoch_of_its_reference_and_its_own_number(tiny_dataset: DatasetManifest) -> None:
-    augmentation = build_augmentation(AugmentConfig(rotate_degrees=30.0), (8, 10))
+    spec = spec_of(tiny_dataset)
+    augmentation = build_augmentation(AugmentConfig(rotate_degrees=30.0), spec)
     assert augmentation is not None
-    plain = ShardDataset(tiny_dataset, "train", spec_of(tiny_dataset))
     dataset = ShardDataset(tiny_dataset, "train", spec_of(tiny_dataset), augmentation, seed=5)
     batch = dataset.__getitems__([SampleRef(3, 0, 1.0), SampleRef(3, 1, 1.0), SampleRef(4, 1, 1.0)])
-    expected = [augment(plain.image(index), augmentation, 5, epoch, index) for index, epoch in ((3, 0), (3, 1), (4, 1))]
+    expected = []
+    for index, epoch in ((3, 0), (3, 1), (4, 1)):
+        with seeded(5, epoch, index):
+            expected.append(augmentation.image(dataset.encoded(index), spec))
     assert torch.equal(batch["image"], torch.stack(expected))
     assert not torch.equal(batch["image"][0], batch["image"][1])
 
@@ -82,14 +85,37 @@ def test_a_data_set_can_be_sent_to_another_process(tiny_dataset: DatasetManifest
     assert [sent.encoded(index) for index in range(36)] == [dataset.encoded(index) for index in range(36)]
 
 
-def test_an_image_that_cannot_be_decoded_is_named_by_shard_and_sample(copied_dataset: DatasetManifest) -> None:
-    dataset = ShardDataset(copied_dataset, "train", spec_of(copied_dataset))
-    row = dataset.rows[7]
-    path = copied_dataset.folder / "train-000001.tar"
+def test_the_index_does_not_travel_with_the_data_set(tiny_dataset: DatasetManifest) -> None:
+    dataset = ShardDataset(tiny_dataset, "train", spec_of(tiny_dataset))
+    dataset.rows = np.memmap(tiny_dataset.folder / "train-000000.tar", dtype=dataset.rows.dtype, shape=(100,))
+    sent = pickle.loads(pickle.dumps(dataset))
+    assert isinstance(sent.rows, np.memmap)
+    assert str(sent.rows.filename) == str((tiny_dataset.folder / "train.index.npy").resolve())
+    assert len(pickle.dumps(dataset)) < 20_000
+
+
+def damage(manifest: DatasetManifest, index: int) -> None:
+    """Make the image of a training sample undecodable, in place."""
+    row = open_index(manifest, "train")[index]
+    path = manifest.folder / manifest.split("train").shards[row["shard"]].name
     content = bytearray(path.read_bytes())
     content[row["offset"] : row["offset"] + 4] = b"xxxx"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"train-000001\.tar: sample {dataset.key(7)} cannot be decoded \(cannot identify"):
+
+
+def test_a_sample_that_no_longer_decodes_weighs_nothing_and_is_named(copied_dataset: DatasetManifest) -> None:
+    damage(copied_dataset, 7)
+    dataset = ShardDataset(copied_dataset, "train", spec_of(copied_dataset))
+    refs = [SampleRef(9, 0, 2.0), SampleRef(7, 0, 2.0), SampleRef(3, 0, 2.0), SampleRef(7, 0, 0.0)]
+    batch = dataset.__getitems__(refs)
+    assert batch["weight"].tolist() == [2.0, 0.0, 2.0, 0.0]
+    ((row, reason),) = batch["bad"]  # the last row only pads the batch
+    assert row == 1
+    assert "cannot identify image file" in reason
+    assert batch["image"][1].float().mean(dim=(1, 2)).tolist() == neutral_colour(dataset.spec)
+    assert torch.equal(batch["image"][2], dataset[3][0])
+    assert batch["index"].tolist() == [9, 7, 3, 7]
+    with pytest.raises(DataError, match="cannot identify"):
         dataset.image(7)
 
 

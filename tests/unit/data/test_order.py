@@ -1,14 +1,24 @@
 import hashlib
 import struct
+import time
+import tracemalloc
+from collections import Counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from pipeline.data.order import GlobalBatchSampler, SampleRef, epoch_order, local_batch_size, mix, steps_per_epoch
+from pipeline.data.order import EpochOrder, GlobalBatchSampler, SampleRef, WeightedOrder, local_batch_size, mix, steps_per_epoch
 from pipeline.errors import ConfigError
+from pipeline.manifest import IndexEntry, ShardEntry, SplitEntry
 
 SHARD_SIZES = [4, 3, 5, 2]
+
+
+def epoch_order(shard_sizes: list[int], seed: int, epoch: int, window: int) -> npt.NDArray[np.int64]:
+    """The whole order of an epoch at once, (N,)."""
+    return EpochOrder(np.asarray(shard_sizes), seed, epoch, window)[:]
 
 
 def sampler(**changes: Any) -> GlobalBatchSampler:
@@ -74,6 +84,100 @@ def test_every_sample_comes_first_equally_often() -> None:
     firsts = [int(epoch_order([2, 3, 1], seed, epoch=0, window=3)[0]) for seed in range(3000)]
     # Binomial with n = 3000, p = 1/6: mean 500, standard deviation 20.4; five of them over six samples miss once in 10^5.
     np.testing.assert_allclose(np.bincount(firsts, minlength=6), 500, rtol=0, atol=5 * 20.4)
+
+
+@pytest.mark.parametrize("span", [(0, 1), (0, 14), (3, 9), (6, 7), (13, 14), (5, 5), (14, 20)])
+def test_any_slice_of_an_epoch_can_be_asked_for_alone(span: tuple[int, int]) -> None:
+    for window in (1, 2, 3, 10):
+        whole = epoch_order(SHARD_SIZES, 1999, 3, window)
+        assert EpochOrder(np.asarray(SHARD_SIZES), 1999, 3, window)[slice(*span)].tolist() == whole[slice(*span)].tolist()
+
+
+def test_empty_shards_change_nothing_but_the_windows() -> None:
+    for window in (1, 2, 5):
+        assert sorted(epoch_order([0, 3, 0, 0, 2, 0], 1, 1, window).tolist()) == list(range(5))
+
+
+def test_a_hundred_million_samples_can_be_begun_anywhere_in_little_memory() -> None:
+    sizes = np.full(20_000, 5_000)
+    tracemalloc.start()
+    begun = time.process_time()
+    order = EpochOrder(sizes, seed=1, epoch=0, window=8)
+    batch = order[90_000_000:90_000_256]
+    seconds = time.process_time() - begun
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(batch.tolist())) == 256
+    assert peak < 20e6  # a whole order would be 800 MB
+    assert seconds < 1
+
+
+# ---- shards of different weights ----
+
+WEIGHTED_SIZES = [30, 20, 10, 25, 15]
+WEIGHTS = [1.0, 0.5, 1.0, 2.5, 0.5]
+
+
+def weighted_order(epoch: int = 0, weights: list[float] = WEIGHTS) -> WeightedOrder:
+    return WeightedOrder(WEIGHTED_SIZES, weights, seed=1999, epoch=epoch, window=2)
+
+
+def shard_of(index: int) -> int:
+    return int(np.searchsorted(np.cumsum(WEIGHTED_SIZES), index, side="right"))
+
+
+def test_equal_weights_of_one_are_the_plain_order() -> None:
+    plain = epoch_order(WEIGHTED_SIZES, 1999, 4, window=2).tolist()
+    assert weighted_order(4, [1.0] * 5)[:].tolist() == plain
+
+
+def test_a_weight_is_how_often_an_epoch_draws_a_sample() -> None:
+    order = weighted_order()
+    drawn = Counter(order[:].tolist())
+    times = {shard: [drawn[index] for index in range(100) if shard_of(index) == shard] for shard in range(5)}
+    assert times[0] == [1] * 30 and times[2] == [1] * 10
+    assert set(times[1] + times[4]) == {0, 1} and sum(times[1] + times[4]) == 18  # half of 35, halves up
+    assert set(times[3]) == {2, 3} and sum(times[3]) == 63  # 2.5 x 25
+    assert len(order) == 40 + 18 + 63
+    entries = [ShardEntry("", size, 0, "", weight) for size, weight in zip(WEIGHTED_SIZES, WEIGHTS, strict=True)]
+    assert SplitEntry(entries, IndexEntry("", ""), []).samples_per_epoch == len(order)
+
+
+def test_half_of_a_data_set_is_another_half_every_epoch() -> None:
+    halves = {frozenset(i for i in weighted_order(epoch)[:].tolist() if shard_of(i) in (1, 4)) for epoch in range(10)}
+    assert len(halves) == 10
+    assert len(frozenset.union(*halves)) == 35
+
+
+def test_shards_of_different_weights_are_mixed_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.order.BLOCK", 16)
+    order = weighted_order()[:].tolist()
+    for group, total in (({0, 2}, 40), ({1, 4}, 18), ({3}, 63)):
+        for end in range(0, 122, 11):
+            assert abs(sum(shard_of(index) in group for index in order[:end]) - total * end / 121) <= 1.5
+
+
+@pytest.mark.parametrize("block", [1, 16, 1000])
+def test_any_slice_of_a_weighted_epoch_can_be_asked_for_alone(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = weighted_order()[:].tolist()
+    monkeypatch.setattr("pipeline.data.order.BLOCK", block)
+    assert Counter(weighted_order()[:].tolist()) == Counter(whole)
+    whole = weighted_order()[:].tolist()
+    for start in range(0, 122, 7):
+        assert weighted_order()[start : start + 20].tolist() == whole[start : start + 20]
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 5, WEIGHTS])
+@pytest.mark.parametrize("position", [0, 1, 50, 99])
+def test_every_shard_that_is_still_needed_is_announced(weights: list[float], position: int) -> None:
+    order = weighted_order(0, weights)
+    announced = list(order.upcoming_shards(position))
+    assert {shard_of(index) for index in order[position : len(order)].tolist()} <= set(announced)
+    if weights == [1.0] * 5:
+        needed = list(dict.fromkeys(shard_of(index) // 1 for index in order[position : len(order)].tolist()))
+        # Within a window all shards are needed at once.
+        assert set(announced[:2]) >= set(needed[:1])
+        assert len(announced) == len(set(announced))
 
 
 # ---- global batches ----

@@ -1,6 +1,9 @@
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -105,12 +108,25 @@ def test_the_picture_shows_the_pixels_that_the_network_sees() -> None:
     images[:, 0] = torch.arange(9, dtype=torch.uint8).view(9, 1, 1) * 20  # red
     images[:, 2, 1, 3] = 255  # the lower right pixel has blue in it
     labels = torch.arange(9) % 2
-    batch = Batch(image=images, label=labels, weight=torch.ones(9), index=torch.arange(9))
+    batch = Batch(image=images, label=labels, weight=torch.ones(9), index=torch.arange(9), bad=[])
     with Image.open(io.BytesIO(draw_batch(batch, ["cat", "a name in 漢字 that is far too long"]))) as file:
         picture = file.convert("RGB")
     # Tiles are 96 pixels wide with 4 between them and 112 high with their caption; the ninth begins a second row.
     for number in range(9):
         left, top = (number % 8) * 100 + 2, (number // 8) * 116 + 2
         assert picture.getpixel((left, top)) == (number * 20, 0, 0)
-        assert picture.getpixel((left + 95, top + 47)) == (number * 20, 0, 255), "enlarged without smoothing"
+        assert picture.getpixel((left + 71, top + 47)) == (number * 20, 0, 0), "enlarged without smoothing"
+        assert picture.getpixel((left + 72, top + 47)) == (number * 20, 0, 255), "enlarged without smoothing"
         assert picture.getpixel((left + 95, top + 48)) == (255, 255, 255)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_runs_every_check_in_a_process_that_was_told_nothing_of_cublas(subject: Subject) -> None:
+    """cuBLAS reads CUBLAS_WORKSPACE_CONFIG at its first use in a process: whoever uses the GPU before the checks decides."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    command = [sys.executable, "-m", "pipeline", "check", "--config=digits", "--name=tiny", "--data.global_batch_size=8"]
+    command += [f"--dataset.path={subject.manifest.folder}", f"--runs_dir={subject.config.runs_dir}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "all checks green" in done.stdout

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from pipeline.config import AugmentConfig
+from pipeline.data.augment import Augmentation
 from pipeline.recipe import verdict as verdict_module
 from pipeline.recipe.seed import check_seed
 from pipeline.recipe.verdict import Subject
+from tests.unit.conftest import SIDE
 from tests.unit.recipe.conftest import ChangeNetwork
 
 
@@ -38,7 +40,8 @@ def test_unseeded_augmentation_is_red(subject: Subject, monkeypatch: pytest.Monk
     def noisy(image: torch.Tensor) -> torch.Tensor:
         return image ^ int.from_bytes(os.urandom(1), "little")
 
-    monkeypatch.setattr(verdict_module, "build_augmentation", lambda *_: noisy)
+    augmentation = Augmentation((SIDE, SIDE), crop_scale=1.0, change=noisy)
+    monkeypatch.setattr(verdict_module, "build_augmentation", lambda *_: augmentation)
     assert check_seed(subject).verdict == "red"
 
 

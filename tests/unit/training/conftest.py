@@ -68,11 +68,13 @@ def make_classifier(tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> Call
 def fit(
     tiny_dataset: DatasetManifest, spec: PreprocessSpec, make_classifier: Callable[[Config], Classifier], own_signals: None
 ) -> Fit:
-    """A function that trains a configuration with some callbacks, from a checkpoint if one is given."""
+    """A function that trains a configuration with some callbacks, from a checkpoint and on another data set if given."""
 
-    def train(config: Config, *callbacks: L.Callback, resume: Path | None = None) -> Classifier:
+    def train(
+        config: Config, *callbacks: L.Callback, resume: Path | None = None, manifest: DatasetManifest = tiny_dataset
+    ) -> Classifier:
         module = make_classifier(config)
-        data = ShardDataModule(tiny_dataset, spec, config.data, config.seed)
+        data = ShardDataModule(manifest, spec, config.data, config.seed)
         make_trainer(config, *callbacks).fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         return module
 

@@ -1,5 +1,6 @@
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from pipeline.config import Config
 from pipeline.data.dataset import Batch
 from pipeline.task import Metrics, sample_losses
 from pipeline.tracking.run import RunTracker
+from pipeline.training.bad_samples import BadSampleLedger
 from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
 from pipeline.training.classifier import Classifier
 from tests.unit.training.conftest import Fit, change, weights_of
@@ -41,18 +43,21 @@ class EachStep(L.Callback):
         self.figures.append((float(sample_losses(logits, batch["label"]).mean()), float(accuracy), rate))
 
 
-def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fit: Fit) -> None:
+def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fit: Fit, tmp_path: Path) -> None:
     # Without dropout and running statistics, a second forward pass of a batch gives the first one's logits.
     config = change(change(tiny_config, "model", dropout=0.0, norm="group"), "trainer", max_epochs=2)
     tracker, each = Tracker(), EachStep()
-    module = fit(config, each, TrainingCurves(tracker, CLASS_NAMES, every_steps=3))
+    ledger = BadSampleLedger(tmp_path, config.data)
+    ledger.total = 5
+    module = fit(config, each, TrainingCurves(tracker, CLASS_NAMES, 3, ledger))
     training = {step: metrics for step, metrics in tracker.points if "train/loss" in metrics}
     validation = {step: metrics for step, metrics in tracker.points if "val/loss" in metrics}
     assert (list(training), list(validation)) == ([3, 6], [4, 8])  # 4 steps an epoch
     assert len(tracker.points) == 4
     for step, metrics in training.items():
         loss, accuracy, rate = each.figures[step - 1]
-        assert list(metrics) == ["train/loss", "train/accuracy", "train/learning_rate"]
+        assert set(metrics) == {"train/loss", "train/accuracy", "train/learning_rate", "data/bad_samples"}
+        assert metrics["data/bad_samples"] == 5
         assert metrics["train/loss"] == pytest.approx(loss, rel=1e-5)  # float32
         assert metrics["train/accuracy"] == pytest.approx(accuracy, rel=1e-6)
         assert metrics["train/learning_rate"] == rate
@@ -64,10 +69,13 @@ def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fi
     }
 
 
-def test_a_class_without_samples_has_no_curve(tiny_config: Config, make_classifier: Callable[[Config], Classifier]) -> None:
+def test_a_class_without_samples_has_no_curve(
+    tiny_config: Config, make_classifier: Callable[[Config], Classifier], tmp_path: Path
+) -> None:
     tracker, module = Tracker(), make_classifier(tiny_config)
     module.metrics = Metrics(2, 0.5, 0.25, [1.0, float("nan"), 0.0])
-    TrainingCurves(tracker, CLASS_NAMES, every_steps=1).on_validation_end(L.Trainer(logger=False, accelerator="cpu"), module)
+    curves = TrainingCurves(tracker, CLASS_NAMES, 1, BadSampleLedger(tmp_path, tiny_config.data))
+    curves.on_validation_end(L.Trainer(logger=False, accelerator="cpu"), module)
     ((_, metrics),) = tracker.points
     assert metrics == {"val/loss": 0.25, "val/accuracy": 0.5, "val/recall/blue": 1.0, "val/recall/red": 0.0}
 

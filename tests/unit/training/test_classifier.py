@@ -34,7 +34,7 @@ def batch_of(weights: list[float]) -> Batch:
     number = len(weights)
     images = torch.randint(0, 256, (number, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(number) % 3
-    return Batch(image=images, label=labels, weight=torch.tensor(weights), index=torch.arange(number))
+    return Batch(image=images, label=labels, weight=torch.tensor(weights), index=torch.arange(number), bad=[])
 
 
 @pytest.mark.parametrize("weights", [[1.0] * 4, [4 / 3] * 3 + [0.0]], ids=["whole", "padded"])
@@ -197,7 +197,11 @@ def test_two_steps_on_a_gpu_give_equal_weights_twice(
         optimizer = module.configure_optimizers()
         batch = batch_of([1.0] * 8)
         on_gpu = Batch(
-            image=batch["image"].cuda(), label=batch["label"].cuda(), weight=batch["weight"].cuda(), index=batch["index"]
+            image=batch["image"].cuda(),
+            label=batch["label"].cuda(),
+            weight=batch["weight"].cuda(),
+            index=batch["index"],
+            bad=[],
         )
         for number in range(2):
             module.on_train_batch_start(on_gpu, number)
