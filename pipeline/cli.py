@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import pipeline
 from pipeline import distributed
-from pipeline.config import Config, add_settings, parse_arguments, parse_config
+from pipeline.config import Config, add_settings, load_config, parse_arguments, parse_config
 from pipeline.console import closing_box, say
 from pipeline.errors import ConfigError, DataError, ShardlineError, explain_os_error, nearest
 from pipeline.files import locked
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset, verify_dataset
-from pipeline.run import RunRecord, Stage, open_run, require_run
+from pipeline.run import CONFIG_NAME, RunRecord, Stage, open_run, require_run
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -278,6 +278,35 @@ def export(argv: list[str]) -> int:
     return 0
 
 
+def replay(argv: list[str]) -> int:
+    """Show the very images that entered the network at a past step."""
+    parser = _parser(replay, settings=False)
+    parser.add_argument("run", help="run folder, for example runs/digits")
+    parser.add_argument("--step", type=int, required=True, help="step as the training curves count it, from 1")
+    options = parse_arguments(parser, argv)
+    run_dir = Path(options.run)
+    record = RunRecord.require(run_dir)
+    config = load_config(run_dir / CONFIG_NAME)
+    manifest = load_dataset(config.dataset_dir)
+    if manifest.digest != record.data_digest:
+        raise DataError(
+            f"{config.dataset_dir}: holds the data set {manifest.digest[:12]}, but {run_dir} was trained on "
+            f"{record.data_digest[:12]}. Put that one back to replay its steps."
+        )
+    from pipeline.data.replay import draw_step, replay_step
+    from pipeline.preprocess import build_spec
+
+    replayed = replay_step(config, manifest, build_spec(config.preprocess, manifest.image_stats), options.step)
+    paths = draw_step(replayed, run_dir)
+    say(f"{'row':>5} {'index':>8}  {'label':<16} {'shard':<20} key")
+    for row, sample in enumerate(replayed.samples):
+        label = f"{sample.label} ({sample.note})" if sample.note else sample.label
+        say(f"{row:>5} {sample.index:>8}  {label:<16} {sample.shard:<20} {sample.key}")
+    place = f"batch {replayed.batch + 1} of epoch {replayed.epoch + 1}, {len(replayed.samples)} images on all processes"
+    closing_box(f"step {options.step} of {config.name}", {"place": place, "images": ", ".join(map(str, paths))})
+    return 0
+
+
 def _is_done(stage: Stage, config: Config, manifest: DatasetManifest) -> bool:
     """Whether the run of exactly this configuration and data has this stage behind it."""
     from pipeline.preprocess import build_spec
@@ -359,5 +388,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "export": export,
+    "replay": replay,
     "predict": predict,
 }

@@ -338,6 +338,15 @@ def parse_config(parser: "ArgumentParser", argv: list[str]) -> tuple[Config, "Na
     return config, rest
 
 
+def load_config(path: Path) -> Config:
+    """Read a whole configuration from a file, for example the one that a run keeps. Raises ConfigError."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    add_settings(parser)
+    return parse_config(parser, ["--config", str(path)])[0]
+
+
 def parse_object(parser: "ArgumentParser", values: dict[str, Any], where: str) -> "Namespace":
     """Check the values of a configuration file against their types."""
     try:

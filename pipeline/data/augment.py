@@ -1,7 +1,7 @@
 """Random changes of training images, each a pure function of (seed, epoch, sample).
 
 torchvision's transforms draw from torch's default generator; seeding that for each sample (1.4 us) is what makes a resumed run
-see the very tensors of the undisturbed one. MixUp and CutMix need the batch and so lie in `pipeline.training.mixing`.
+see the very tensors of the undisturbed one. MixUp and CutMix need the batch and so lie in `pipeline.data.mixing`.
 """
 
 import contextlib

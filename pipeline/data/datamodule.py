@@ -80,7 +80,9 @@ class ShardDataModule(L.LightningDataModule):
         """Shuffled and augmented, resumable in the middle of an epoch."""
         augmentation = build_augmentation(self.config.augment, self.spec)
         dataset = ShardDataset(self.manifest, "train", self.spec, augmentation, self.seed)
-        return self._loader(dataset, shuffle=True, drop_last=self.config.drop_last)
+        # Rank and world size are captured here: a spawned worker could not find them out, and would read everything.
+        batches = GlobalBatchSampler.of_training(dataset.shards, self.config, self.seed, **self._place())
+        return self._loader(dataset, batches)
 
     def val_dataloader(self) -> ResumableLoader:
         """Every validation sample exactly once over all ranks, in order."""
@@ -92,22 +94,17 @@ class ShardDataModule(L.LightningDataModule):
 
     def evaluation_loader(self, split_name: str) -> ResumableLoader:
         """Every sample of a split exactly once over all ranks; padding rows weigh 0."""
-        return self._loader(ShardDataset(self.manifest, split_name, self.spec), shuffle=False, drop_last=False)
+        dataset = ShardDataset(self.manifest, split_name, self.spec)
+        batches = GlobalBatchSampler.of_evaluation(dataset.shards, self.config, **self._place())
+        return self._loader(dataset, batches)
 
-    def _loader(self, dataset: ShardDataset, *, shuffle: bool, drop_last: bool) -> ResumableLoader:
+    def _place(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+    def _loader(self, dataset: ShardDataset, batches: GlobalBatchSampler) -> ResumableLoader:
         config = self.config
-        # Rank and world size are captured here: a spawned worker could not find them out, and would read everything.
-        batches = GlobalBatchSampler(
-            [shard.num_samples for shard in dataset.shards],
-            config.global_batch_size,
-            seed=self.seed,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
-            window=config.shuffle_shards,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            weights=[shard.weight for shard in dataset.shards],
-        )
         workers: dict[str, Any] = {}
         if config.num_workers:
             workers = {

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from pipeline.config import DataConfig
 from pipeline.errors import ConfigError
-from pipeline.manifest import num_drawn
+from pipeline.manifest import ShardEntry, num_drawn
 
 Positions = npt.NDArray[np.int64]
 # Positions that are interleaved at a time where shards have different weights.
@@ -250,6 +251,37 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
         self.num_samples = len(self.order(0)) if shuffle else sum(shard_sizes)
         self.epoch = 0
         self.start = 0
+
+    @classmethod
+    def of_training(
+        cls, shards: list[ShardEntry], config: DataConfig, seed: int, *, rank: int = 0, world_size: int = 1
+    ) -> "GlobalBatchSampler":
+        """The batches that training takes from `shards`; of all ranks together unless one is named."""
+        return cls(
+            [shard.num_samples for shard in shards],
+            config.global_batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            window=config.shuffle_shards,
+            shuffle=True,
+            drop_last=config.drop_last,
+            weights=[shard.weight for shard in shards],
+        )
+
+    @classmethod
+    def of_evaluation(cls, shards: list[ShardEntry], config: DataConfig, *, rank: int, world_size: int) -> "GlobalBatchSampler":
+        """The batches of an evaluation: every sample of `shards` once, in order."""
+        return cls(
+            [shard.num_samples for shard in shards],
+            config.global_batch_size,
+            seed=0,
+            rank=rank,
+            world_size=world_size,
+            window=1,
+            shuffle=False,
+            drop_last=False,
+        )
 
     @property
     def sampler(self) -> "GlobalBatchSampler":

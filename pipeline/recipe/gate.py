@@ -1,12 +1,10 @@
 """`shardline check`: every check in turn, its verdict in RUN/check/verdicts.json, and a picture of what the network is fed."""
 
 import dataclasses
-import io
 import os
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 
 from pipeline.config import Config
 from pipeline.console import say
@@ -19,14 +17,12 @@ from pipeline.recipe.init_loss import check_init_loss
 from pipeline.recipe.overfit import check_overfit
 from pipeline.recipe.seed import check_seed
 from pipeline.recipe.verdict import Subject, Verdict
+from pipeline.report.grid import draw_grid
 
 CHECKS = {"seed": check_seed, "init_loss": check_init_loss, "overfit": check_overfit}
 VERDICTS = Path("check/verdicts.json")
 PICTURE = Path("check/first_batch.png")
 TILES = 32
-TILES_IN_ROW = 8
-TILE_PIXELS = 96
-CAPTION_PIXELS = 16
 
 
 def require_known_checks(skip: list[str]) -> None:
@@ -71,20 +67,4 @@ def require_green(verdicts: list[Verdict]) -> None:
 def draw_batch(batch: Batch, class_names: list[str]) -> bytes:
     """A PNG of the images exactly as the network gets them, each over its class name."""
     images = batch["image"].cpu().permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
-    num_rows = -(-len(images) // TILES_IN_ROW)
-    cell_height = TILE_PIXELS + CAPTION_PIXELS
-    sheet = Image.new("RGB", (TILES_IN_ROW * (TILE_PIXELS + 4), num_rows * (cell_height + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (pixels, label) in enumerate(zip(images, batch["label"].tolist(), strict=True)):
-        left = (number % TILES_IN_ROW) * (TILE_PIXELS + 4) + 2
-        top = (number // TILES_IN_ROW) * (cell_height + 4) + 2
-        tile = Image.fromarray(pixels)
-        factor = TILE_PIXELS / max(tile.size)
-        size = (max(1, round(tile.width * factor)), max(1, round(tile.height * factor)))
-        # Small images are enlarged without smoothing: a person should see the pixels that the network sees.
-        tile = tile.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BILINEAR)
-        sheet.paste(tile, (left, top))
-        draw.text((left + 2, top + TILE_PIXELS + 1), class_names[label][:14], fill="black")
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
+    return draw_grid(images, [class_names[label] for label in batch["label"].tolist()])

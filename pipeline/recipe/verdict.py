@@ -1,5 +1,6 @@
 """What a check looks at, and what it answers."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,17 +49,8 @@ class Subject:
     def first_batch(self, *, augmented: bool, size: int | None = None) -> Batch:
         """The first samples of epoch 0 in training order, as many as a global batch or `size` if that is fewer."""
         dataset = self.dataset(augmented=augmented)
-        batches = GlobalBatchSampler(
-            [shard.num_samples for shard in dataset.shards],
-            self.config.data.global_batch_size,
-            seed=self.config.seed,
-            rank=0,
-            world_size=1,
-            window=self.config.data.shuffle_shards,
-            shuffle=True,
-            drop_last=False,
-            weights=[shard.weight for shard in dataset.shards],
-        )
+        whole = dataclasses.replace(self.config.data, drop_last=False)
+        batches = GlobalBatchSampler.of_training(dataset.shards, whole, self.config.seed)
         samples = [sample for sample in next(iter(batches)) if sample.weight > 0][:size]
         batch = dataset.__getitems__(samples)
         good = batch["weight"] > 0

@@ -9,9 +9,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.config import Config
 from pipeline.data.dataset import Batch
+from pipeline.data.mixing import mix_batch
 from pipeline.data.order import mix
 from pipeline.task import EvaluationSums, Metrics, sample_losses
-from pipeline.training.mixing import mix_batch
 from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
 

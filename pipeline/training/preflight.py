@@ -5,13 +5,13 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.config import Config
+from pipeline.data.mixing import require_mixable
 from pipeline.data.order import local_batch_size, steps_per_epoch
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DatasetManifest, require_labels
 from pipeline.models.sequential import build_network, require_forward
 from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.task import require_supported
-from pipeline.training.mixing import require_mixable
 from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
 

@@ -111,9 +111,9 @@ def test_the_picture_shows_the_pixels_that_the_network_sees() -> None:
     batch = Batch(image=images, label=labels, weight=torch.ones(9), index=torch.arange(9), bad=[])
     with Image.open(io.BytesIO(draw_batch(batch, ["cat", "a name in 漢字 that is far too long"]))) as file:
         picture = file.convert("RGB")
-    # Tiles are 96 pixels wide with 4 between them and 112 high with their caption; the ninth begins a second row.
+    # Tiles are 96 x 48 pixels, with 16 below for the caption and 4 between them; the ninth begins a second row.
     for number in range(9):
-        left, top = (number % 8) * 100 + 2, (number // 8) * 116 + 2
+        left, top = (number % 8) * 100 + 2, (number // 8) * 68 + 2
         assert picture.getpixel((left, top)) == (number * 20, 0, 0)
         assert picture.getpixel((left + 71, top + 47)) == (number * 20, 0, 0), "enlarged without smoothing"
         assert picture.getpixel((left + 72, top + 47)) == (number * 20, 0, 255), "enlarged without smoothing"

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
-from pipeline.config import Config
+from pipeline.config import AugmentConfig, Config
 from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.dataset import Batch, ShardDataset
+from pipeline.data.mixing import mix_batch
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from pipeline.task import Metrics, sample_losses
@@ -53,6 +54,21 @@ def test_the_loss_is_the_mean_over_the_real_samples(
     assert summed / weight == pytest.approx(float(expected.mean()), rel=1e-6)
     right = (logits.argmax(dim=1) == batch["label"][real]).double().mean()
     assert correct / weight == pytest.approx(float(right), rel=1e-6)
+
+
+def test_the_loss_of_a_mixed_batch_belongs_to_both_labels(tiny_config: Config, make_classifier: MakeClassifier) -> None:
+    config = change(tiny_config, "model", dropout=0.0, norm="group")
+    config = change(config, "data", augment=AugmentConfig(mixup=0.4))
+    module = make_classifier(config)
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels, weights = torch.tensor([0, 1, 2, 0]), torch.ones(4)
+    loss = module.training_step(Batch(image=images, label=labels, weight=weights, index=labels, bad=[]), 0).detach()
+    mixed = mix_batch(images, labels, weights, config.data.augment, config.seed, step=0)
+    assert mixed is not None and 0 < float(mixed.share[0]) < 1
+    logits = module(mixed.image).detach()
+    own, other = sample_losses(logits, labels), sample_losses(logits, labels[[1, 0, 3, 2]])
+    expected = (mixed.share * own + (1 - mixed.share) * other).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)  # float32, added in another order
 
 
 class Interfere(L.Callback):

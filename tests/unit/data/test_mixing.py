@@ -2,13 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import AugmentConfig, Config
-from pipeline.data.dataset import Batch
+from pipeline.config import AugmentConfig
+from pipeline.data.mixing import mix_batch, require_mixable
 from pipeline.errors import ConfigError
-from pipeline.task import sample_losses
-from pipeline.training.mixing import mix_batch, require_mixable
-from tests.unit.training.conftest import change
-from tests.unit.training.test_classifier import MakeClassifier
 
 NUMBER = 8
 IMAGES = torch.randint(0, 256, (NUMBER, 3, 12, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -88,18 +84,3 @@ def test_samples_that_cannot_be_paired_are_refused() -> None:
     require_mixable(AugmentConfig(), 3)
     with pytest.raises(ConfigError, match=r"each has 3\. Set `data\.global_batch_size` to an even number for each process"):
         require_mixable(CUTMIX, 3)
-
-
-def test_the_loss_of_a_mixed_batch_belongs_to_both_labels(tiny_config: Config, make_classifier: MakeClassifier) -> None:
-    config = change(tiny_config, "model", dropout=0.0, norm="group")
-    config = change(config, "data", augment=MIXUP)
-    module = make_classifier(config)
-    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels, weights = torch.tensor([0, 1, 2, 0]), torch.ones(4)
-    loss = module.training_step(Batch(image=images, label=labels, weight=weights, index=labels, bad=[]), 0).detach()
-    mixed = mix_batch(images, labels, weights, MIXUP, config.seed, step=0)
-    assert mixed is not None and 0 < float(mixed.share[0]) < 1
-    logits = module(mixed.image).detach()
-    own, other = sample_losses(logits, labels), sample_losses(logits, labels[[1, 0, 3, 2]])
-    expected = (mixed.share * own + (1 - mixed.share) * other).mean()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)  # float32, added in another order

@@ -1,0 +1,85 @@
+"""`shardline replay`: the very tensors that entered the network at a past step, whatever ranks and restarts there were.
+
+Nothing was recorded for it: the order of samples, their augmentation and their mixing are functions of seed, epoch, step and
+sample, so they are computed again.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.config import Config
+from pipeline.data.augment import build_augmentation
+from pipeline.data.dataset import Batch, ShardDataset
+from pipeline.data.mixing import Mixed, mix_batch
+from pipeline.data.order import GlobalBatchSampler
+from pipeline.errors import ConfigError
+from pipeline.files import write_bytes
+from pipeline.manifest import DatasetManifest
+from pipeline.preprocess import PreprocessSpec
+from pipeline.report.grid import draw_grid
+
+FOLDER = Path("replay")
+TILES_ON_A_SHEET = 64
+
+
+@dataclass(frozen=True)
+class ReplayedSample:
+    """One row of a global batch."""
+
+    index: int
+    key: str
+    shard: str
+    label: str
+    note: str  # what became of it besides augmentation
+
+
+@dataclass(frozen=True)
+class ReplayedStep:
+    """A global batch as the network saw it."""
+
+    step: int
+    epoch: int
+    batch: int
+    samples: list[ReplayedSample]
+    images: torch.Tensor  # uint8 (G, 3, H, W)
+
+
+def replay_step(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, step: int) -> ReplayedStep:
+    """Compute the global batch of `step` again; steps count from 1, as the training curves do. Raises ConfigError."""
+    dataset = ShardDataset(manifest, "train", spec, build_augmentation(config.data.augment, spec), config.seed)
+    batches = GlobalBatchSampler.of_training(dataset.shards, config.data, config.seed)
+    last = len(batches) * config.trainer.max_epochs
+    if not 1 <= step <= last:
+        raise ConfigError(f"--step is {step}; this run has the steps 1 to {last:,}.")
+    epoch, number = divmod(step - 1, len(batches))
+    batches.set_epoch(epoch)
+    batches.start = number
+    batch = dataset.__getitems__(next(iter(batches)))
+    augment, weights = config.data.augment, batch["weight"]
+    mixed = mix_batch(batch["image"], batch["label"], weights, augment, config.seed, step - 1)
+    samples = [_describe(dataset, batch, mixed, manifest.class_names, row) for row in range(len(weights))]
+    return ReplayedStep(step, epoch, number, samples, batch["image"] if mixed is None else mixed.image)
+
+
+def _describe(dataset: ShardDataset, batch: Batch, mixed: Mixed | None, class_names: list[str], row: int) -> ReplayedSample:
+    index = int(batch["index"][row])
+    note = "no longer decodes" if row in dict(batch["bad"]) else "" if batch["weight"][row] > 0 else "padding"
+    if mixed is not None and mixed.share[row] < 1:
+        note = f"{float(mixed.share[row]):.2f}, rest {class_names[int(mixed.other_label[row])]}"
+    label = class_names[int(batch["label"][row])]
+    return ReplayedSample(index, dataset.key(index), dataset.shard_name(index), label, note)
+
+
+def draw_step(replayed: ReplayedStep, run_dir: Path) -> list[Path]:
+    """Write the images into RUN/replay/, at most 64 on a sheet, and return the paths."""
+    paths = []
+    images = replayed.images.permute(0, 2, 3, 1).numpy()  # (G, H, W, 3)
+    captions = [f"{sample.label} {sample.note}".strip() for sample in replayed.samples]
+    for first in range(0, len(images), TILES_ON_A_SHEET):
+        suffix = f"-{first // TILES_ON_A_SHEET + 1}" if len(images) > TILES_ON_A_SHEET else ""
+        path = run_dir / FOLDER / f"step-{replayed.step:08d}{suffix}.png"
+        write_bytes(path, draw_grid(images[first : first + TILES_ON_A_SHEET], captions[first : first + TILES_ON_A_SHEET]))
+        paths.append(path)
+    return paths

@@ -1,0 +1,1 @@
+"""Pictures and pages for people: one renderer for every report."""
