@@ -99,10 +99,14 @@ def shard(argv: list[str]) -> int:
     parser = _parser(shard)
     parser.add_argument("--fresh", action="store_true", help="move an existing data set aside and write it anew")
     config, options = parse_config(parser, argv)
+    from pipeline.data.merge import merge_datasets
     from pipeline.data.writer import prepare_dataset
 
     with locked(config.dataset_dir):
-        manifest, made = prepare_dataset(config.dataset, config.dataset_dir, fresh=options.fresh)
+        if config.dataset.merge:
+            manifest, made = merge_datasets(config.dataset.merge, config.dataset_dir, fresh=options.fresh)
+        else:
+            manifest, made = prepare_dataset(config.dataset, config.dataset_dir, fresh=options.fresh)
     if not made:
         return _up_to_date("shard", config.dataset_dir)
     counts = ", ".join(f"{name} {split.num_samples:,}" for name, split in manifest.splits.items())

@@ -218,6 +218,24 @@ def open_index(manifest: DatasetManifest, split_name: str) -> Index:
     return rows
 
 
+def open_labels(manifest: DatasetManifest, split_name: str) -> npt.NDArray[np.uint8]:
+    """Map a split's label rows, uint8 (N, K): 1 where sample and class belong together. Raises DataError for another shape."""
+    split = manifest.split(split_name)
+    if split.labels is None:
+        raise DataError(f"{manifest.folder}: `{split_name}` has one label an image and no label rows.")
+    path = manifest.folder / split.labels.name
+    try:
+        labels: npt.NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a file of label rows ({error}). Rebuild with `shardline shard --fresh`.") from error
+    if labels.dtype != np.uint8 or labels.shape != (split.num_samples, len(manifest.class_names)):
+        raise DataError(
+            f"{path}: holds {labels.shape} of {labels.dtype}, but the manifest says {split.num_samples} samples "
+            f"of {len(manifest.class_names)} classes. Rebuild with `shardline shard --fresh`."
+        )
+    return labels
+
+
 def require_labels(manifest: DatasetManifest, split_name: str) -> None:
     """Read a split's whole index and refuse a label outside of the classes. Raises DataError naming the sample."""
     rows = open_index(manifest, split_name)
