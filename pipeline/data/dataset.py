@@ -9,7 +9,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -24,14 +24,23 @@ from pipeline.preprocess import PreprocessSpec
 TAR_BLOCK_BYTES = 512
 
 
+class BadSample(NamedTuple):
+    """A sample that cannot be decoded: its row in the batch, and what a person needs to find it."""
+
+    row: int
+    shard: str
+    key: str
+    reason: str
+
+
 class Batch(TypedDict):
     """A local batch of n samples."""
 
     image: torch.Tensor  # uint8 (n, 3, H, W), RGB
     label: torch.Tensor  # int64 (n,)
     weight: torch.Tensor  # float32 (n,), 0 for padding and for samples that cannot be decoded
-    index: torch.Tensor  # int64 (n,)
-    bad: list[tuple[int, str]]  # row and reason of each sample that cannot be decoded
+    index: torch.Tensor  # int64 (n,), -1 where shards are streamed
+    bad: list[BadSample]
 
 
 class ShardReader:
@@ -151,7 +160,8 @@ class ShardDataset(Dataset[Any]):
             except DataError as error:
                 images[place] = torch.tensor(neutral_colour(self.spec), dtype=torch.uint8)[:, None, None]
                 if weights[place] > 0:
-                    bad.append((place, str(error)))
+                    index = ref.sample_index
+                    bad.append(BadSample(place, self.shard_name(index), self.key(index), str(error)))
                 weights[place] = 0
         return {
             "image": images,

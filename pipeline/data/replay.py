@@ -65,7 +65,8 @@ def replay_step(config: Config, manifest: DatasetManifest, spec: PreprocessSpec,
 
 def _describe(dataset: ShardDataset, batch: Batch, mixed: Mixed | None, class_names: list[str], row: int) -> ReplayedSample:
     index = int(batch["index"][row])
-    note = "no longer decodes" if row in dict(batch["bad"]) else "" if batch["weight"][row] > 0 else "padding"
+    is_bad = any(sample.row == row for sample in batch["bad"])
+    note = "no longer decodes" if is_bad else "" if batch["weight"][row] > 0 else "padding"
     if mixed is not None and mixed.share[row] < 1:
         note = f"{float(mixed.share[row]):.2f}, rest {class_names[int(mixed.other_label[row])]}"
     label = class_names[int(batch["label"][row])]

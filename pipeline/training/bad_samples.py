@@ -6,12 +6,12 @@ many end the run.
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 
 from pipeline.config import DataConfig
-from pipeline.data.dataset import Batch, ShardDataset
+from pipeline.data.dataset import BadSample, Batch
 from pipeline.errors import DataError
 from pipeline.files import write_bytes
 
@@ -45,8 +45,7 @@ class BadSampleLedger(L.Callback):
         if not batch["bad"]:
             self.in_row = 0
             return
-        assert trainer.train_dataloader is not None
-        self._write(trainer, trainer.train_dataloader.dataset, batch, batch["bad"])
+        self._write(trainer, "train", batch, batch["bad"])
         self.in_epoch += len(batch["bad"])
         self._require_few(len(batch["index"]) * int(trainer.num_training_batches), batch)
 
@@ -60,24 +59,23 @@ class BadSampleLedger(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write down a bad sample of the validation split when it is met for the first time."""
-        new = [(row, reason) for row, reason in batch["bad"] if int(batch["index"][row]) not in self.known]
+        new = [sample for sample in batch["bad"] if int(batch["index"][sample.row]) not in self.known]
         if new:
-            self.known |= {int(batch["index"][row]) for row, _ in new}
-            self._write(trainer, cast(Any, trainer.val_dataloaders).dataset, batch, new)
+            self.known |= {int(batch["index"][sample.row]) for sample in new}
+            self._write(trainer, "val", batch, new)
 
-    def _write(self, trainer: L.Trainer, dataset: ShardDataset, batch: Batch, bad: list[tuple[int, str]]) -> None:
+    def _write(self, trainer: L.Trainer, split: str, batch: Batch, bad: list[BadSample]) -> None:
         lines = []
-        for row, reason in bad:
-            index = int(batch["index"][row])
-            place = {"shard": dataset.shard_name(index), "key": dataset.key(index), "index": index}
-            lines.append({"step": trainer.global_step, "split": dataset.split_name, **place, "reason": reason})
+        for row, shard, key, reason in bad:
+            place = {"shard": shard, "key": key, "index": int(batch["index"][row])}
+            lines.append({"step": trainer.global_step, "split": split, **place, "reason": reason})
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"rank-{trainer.global_rank}.jsonl").open("a") as file:
             file.writelines(f"{json.dumps(line)}\n" for line in lines)
         self.total += len(lines)
 
     def _require_few(self, samples_of_epoch: int, batch: Batch) -> None:
-        bad_rows = {row for row, _ in batch["bad"]}
+        bad_rows = {sample.row for sample in batch["bad"]}
         for row in range(len(batch["index"])):
             self.in_row = self.in_row + 1 if row in bad_rows else 0
             if self.in_row >= self.config.max_bad_in_row:

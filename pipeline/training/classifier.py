@@ -91,7 +91,7 @@ class Classifier(L.LightningModule):
     def _add(self, batch: Batch) -> torch.Tensor:
         logits: torch.Tensor = self.network(batch["image"])
         self.sums.add(logits, batch["label"], batch["weight"], batch["index"])
-        self.sums.add_bad(batch["index"][[row for row, _ in batch["bad"]]])
+        self.sums.add_bad(batch["index"][[sample.row for sample in batch["bad"]]])
         return logits
 
     def on_validation_epoch_start(self) -> None:

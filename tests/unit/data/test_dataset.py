@@ -109,8 +109,8 @@ def test_a_sample_that_no_longer_decodes_weighs_nothing_and_is_named(copied_data
     refs = [SampleRef(9, 0, 2.0), SampleRef(7, 0, 2.0), SampleRef(3, 0, 2.0), SampleRef(7, 0, 0.0)]
     batch = dataset.__getitems__(refs)
     assert batch["weight"].tolist() == [2.0, 0.0, 2.0, 0.0]
-    ((row, reason),) = batch["bad"]  # the last row only pads the batch
-    assert row == 1
+    ((row, shard, key, reason),) = batch["bad"]  # the last row only pads the batch
+    assert (row, shard, key) == (1, "train-000001.tar", dataset.key(7))
     assert "cannot identify image file" in reason
     assert batch["image"][1].float().mean(dim=(1, 2)).tolist() == neutral_colour(dataset.spec)
     assert torch.equal(batch["image"][2], dataset[3][0])
