@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from pipeline.config import DataConfig
 from pipeline.data.augment import build_augmentation
 from pipeline.data.dataset import Batch, ShardDataset
-from pipeline.data.order import GlobalBatchSampler
+from pipeline.data.order import GlobalBatchSampler, training_steps_per_epoch
+from pipeline.data.streaming import StreamDataset, StreamLoader
 from pipeline.data.worker import deliver, start_worker
 from pipeline.errors import RunError, ShardlineError
 from pipeline.manifest import DatasetManifest
@@ -76,9 +77,13 @@ class ShardDataModule(L.LightningDataModule):
         super().__init__()
         self.manifest, self.spec, self.config, self.seed = manifest, spec, config, seed
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled and augmented, resumable in the middle of an epoch."""
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
+        """Shuffled and augmented, resumable in the middle of an epoch; or a stream, where shards have no index."""
         augmentation = build_augmentation(self.config.augment, self.spec)
+        if "train" in self.manifest.streams:
+            stream = StreamDataset(self.manifest, self.spec, self.config, augmentation, seed=self.seed, **self._place())
+            steps = training_steps_per_epoch(self.manifest, self.config)
+            return StreamLoader(stream, steps, self.config.global_batch_size, **self._options())
         dataset = ShardDataset(self.manifest, "train", self.spec, augmentation, self.seed)
         # Rank and world size are captured here: a spawned worker could not find them out, and would read everything.
         batches = GlobalBatchSampler.of_training(dataset.shards, self.config, self.seed, **self._place())
@@ -104,6 +109,9 @@ class ShardDataModule(L.LightningDataModule):
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _loader(self, dataset: ShardDataset, batches: GlobalBatchSampler) -> ResumableLoader:
+        return ResumableLoader(dataset, batch_sampler=batches, collate_fn=deliver, **self._options())
+
+    def _options(self) -> dict[str, Any]:
         config = self.config
         workers: dict[str, Any] = {}
         if config.num_workers:
@@ -116,4 +124,4 @@ class ShardDataModule(L.LightningDataModule):
                 "worker_init_fn": functools.partial(start_worker, rank_pid=os.getpid()),
             }
         pin_memory = torch.cuda.is_available() if config.pin_memory is None else config.pin_memory
-        return ResumableLoader(dataset, batch_sampler=batches, collate_fn=deliver, pin_memory=pin_memory, **workers)
+        return {"pin_memory": pin_memory, **workers}

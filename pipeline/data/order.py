@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from pipeline.config import DataConfig
 from pipeline.errors import ConfigError
-from pipeline.manifest import ShardEntry, num_drawn
+from pipeline.manifest import DatasetManifest, ShardEntry, num_drawn
 
 Positions = npt.NDArray[np.int64]
 # Positions that are interleaved at a time where shards have different weights.
@@ -219,6 +219,15 @@ def steps_per_epoch(num_samples: int, global_batch_size: int, *, drop_last: bool
     """Global batches in an epoch: whole ones only, or also a last one that is padded."""
     whole, rest = divmod(num_samples, global_batch_size)
     return whole if drop_last or not rest else whole + 1
+
+
+def training_steps_per_epoch(manifest: DatasetManifest, config: DataConfig) -> int:
+    """Optimizer steps that training calls an epoch. Raises ConfigError when nothing says it."""
+    if "train" not in manifest.streams:
+        return steps_per_epoch(manifest.split("train").samples_per_epoch, config.global_batch_size, drop_last=config.drop_last)
+    if config.steps_per_epoch is None:
+        raise ConfigError("the training shards are streamed and have no known size: say `data.steps_per_epoch`.")
+    return config.steps_per_epoch
 
 
 class GlobalBatchSampler(Sampler[list[SampleRef]]):

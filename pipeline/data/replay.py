@@ -48,6 +48,10 @@ class ReplayedStep:
 
 def replay_step(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, step: int) -> ReplayedStep:
     """Compute the global batch of `step` again; steps count from 1, as the training curves do. Raises ConfigError."""
+    if "train" in manifest.streams:
+        raise ConfigError(
+            "the training shards of this run were streamed; which samples a step saw was not decided by its number."
+        )
     dataset = ShardDataset(manifest, "train", spec, build_augmentation(config.data.augment, spec), config.seed)
     batches = GlobalBatchSampler.of_training(dataset.shards, config.data, config.seed)
     last = len(batches) * config.trainer.max_epochs

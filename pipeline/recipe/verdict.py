@@ -11,6 +11,7 @@ from pipeline.config import Config
 from pipeline.data.augment import build_augmentation
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.order import GlobalBatchSampler
+from pipeline.data.streaming import StreamDataset
 from pipeline.manifest import DatasetManifest
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec
@@ -48,11 +49,25 @@ class Subject:
 
     def first_batch(self, *, augmented: bool, size: int | None = None) -> Batch:
         """The first samples of epoch 0 in training order, as many as a global batch or `size` if that is fewer."""
+        if "train" in self.manifest.streams:
+            return self._first_of_stream(augmented=augmented, size=size)
         dataset = self.dataset(augmented=augmented)
         whole = dataclasses.replace(self.config.data, drop_last=False)
         batches = GlobalBatchSampler.of_training(dataset.shards, whole, self.config.seed)
         samples = [sample for sample in next(iter(batches)) if sample.weight > 0][:size]
-        batch = dataset.__getitems__(samples)
+        return self._on_device(dataset.__getitems__(samples))
+
+    def _first_of_stream(self, *, augmented: bool, size: int | None) -> Batch:
+        augmentation = build_augmentation(self.config.data.augment, self.spec) if augmented else None
+        data = dataclasses.replace(self.config.data, num_workers=0)
+        stream = StreamDataset(self.manifest, self.spec, data, augmentation, seed=self.config.seed, rank=0, world_size=1)
+        batch = self._on_device(next(iter(stream)))
+        number = len(batch["label"]) if size is None else size
+        images, labels, weights, indices = (batch[name][:number] for name in ("image", "label", "weight", "index"))
+        return Batch(image=images, label=labels, weight=weights, index=indices, bad=[])
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """The samples of a batch that could be decoded, where the network is."""
         good = batch["weight"] > 0
         return Batch(
             image=batch["image"][good].to(self.device),

@@ -14,7 +14,8 @@ from pipeline import distributed
 from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data.datamodule import ShardDataModule
-from pipeline.data.order import steps_per_epoch
+from pipeline.data.order import training_steps_per_epoch
+from pipeline.data.streaming import TRADE_OFFS
 from pipeline.errors import RunError, StoppedError
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset
@@ -133,9 +134,7 @@ def _fit_rank(
     assert spec.fixed_size is not None
     L.seed_everything(config.seed, verbose=False)
     network = build_network(config.model, len(manifest.class_names), spec)
-    batches = steps_per_epoch(
-        manifest.split("train").samples_per_epoch, config.data.global_batch_size, drop_last=config.data.drop_last
-    )
+    batches = training_steps_per_epoch(manifest, config.data)
     module = Classifier(network, config, len(manifest.class_names), total_steps=batches * config.trainer.max_epochs)
     writer = CheckpointWriter(config, manifest, identity_of(record), config.run_dir)
     ledger = BadSampleLedger(config.run_dir, config.data)
@@ -158,6 +157,8 @@ def _fit_rank(
     if trainer.is_global_zero:
         place = f", going on after step {resume['global_step']}" if resume else ""
         say(f"training {config.name} on {describe_world(trainer)}{place}: {count_parameters(network):,} parameters")
+        if manifest.streams:
+            say(f"{manifest.folder}: {TRADE_OFFS}")
     data = ShardDataModule(manifest, spec, config.data, config.seed)
     trainer.fit(module, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
     return trainer.global_step, writer.best_value

@@ -6,7 +6,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.config import Config
 from pipeline.data.mixing import require_mixable
-from pipeline.data.order import local_batch_size, steps_per_epoch
+from pipeline.data.order import local_batch_size, training_steps_per_epoch
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DatasetManifest, require_labels
 from pipeline.models.sequential import build_network, require_forward
@@ -25,19 +25,20 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
             f"{manifest.folder}: has no `val` split, which chooses the best checkpoint. "
             "Shard again with `dataset.val_fraction` above 0."
         )
-    for split in ("train", "val", manifest.evaluation_split):
+    indexed = {"train", "val", manifest.evaluation_split} - set(manifest.streams)
+    for split in sorted(indexed):
         require_labels(manifest, split)
-    num_samples = manifest.split("train").samples_per_epoch
-    if config.data.drop_last and num_samples < config.data.global_batch_size:
+    batches = training_steps_per_epoch(manifest, config.data)
+    if not batches:
         raise DataError(
-            f"{manifest.folder}: its train split has {num_samples} samples, fewer than `data.global_batch_size` "
-            f"({config.data.global_batch_size}). Use a smaller batch or `data.drop_last: false`."
+            f"{manifest.folder}: its train split has {manifest.split('train').samples_per_epoch} samples, fewer than "
+            f"`data.global_batch_size` ({config.data.global_batch_size}). "
+            "Use a smaller batch or `data.drop_last: false`."
         )
     if config.trainer.precision == "16-mixed" and not torch.cuda.is_available():
         raise ConfigError("`trainer.precision` 16-mixed needs a GPU. Use 32-true.")
     network = build_network(config.model, len(manifest.class_names), spec)
     require_forward(network, spec)
-    batches = steps_per_epoch(num_samples, config.data.global_batch_size, drop_last=config.data.drop_last)
     length = scheduler_length(config.scheduler, batches * config.trainer.max_epochs, config.trainer.max_epochs)
     _require_steps(config, network, spec, length)
 

@@ -23,7 +23,9 @@ def module(manifest: DatasetManifest, config: DataConfig = CONFIG) -> ShardDataM
 
 
 def train_loader(manifest: DatasetManifest, config: DataConfig = CONFIG) -> ResumableLoader:
-    return module(manifest, config).train_dataloader()
+    loader = module(manifest, config).train_dataloader()
+    assert isinstance(loader, ResumableLoader)
+    return loader
 
 
 def require_equal(first: Iterable[Batch], second: Iterable[Batch]) -> None:

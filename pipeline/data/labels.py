@@ -1,0 +1,86 @@
+"""Which members of a WebDataset sample are its image and its label, in shards that others wrote.
+
+A label is read as a number, a class name or a list of them; no member is ever unpickled.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.manifest import IMAGE_EXTENSIONS, DatasetManifest
+
+RawLabel = int | str
+
+
+@dataclass(frozen=True)
+class SampleRule:
+    """Where to look: `label` is cls, txt or json:FIELD (a.b for a nested one), `image` an extension or "" for any known one."""
+
+    label: str
+    image: str
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, manifest: DatasetManifest) -> "SampleRule":
+        """The rule by which a data set was made; that of our own shards unless it says another."""
+        preparation = manifest.preparation
+        return cls(preparation.get("label", "cls"), preparation.get("image", ""), tuple(manifest.class_names))
+
+    def read(self, members: Mapping[str, Any]) -> tuple[bytes, int]:
+        """The encoded image and the class number of a sample, given the bytes of its members by extension. Raises DataError."""
+        image = next((members[extension] for extension in self.image_extensions if extension in members), None)
+        if image is None:
+            raise DataError(f"has no image ({', '.join(self.image_extensions)})")
+        extension = self.label.partition(":")[0]
+        if extension not in members:
+            raise DataError(f"has no .{extension} label")
+        (first, *_) = raw_labels(self.label, members[extension]) or [""]
+        return image, self.class_number(first)
+
+    @property
+    def image_extensions(self) -> tuple[str, ...]:
+        """Extensions under which the image may be, the first found wins."""
+        return (self.image,) if self.image else IMAGE_EXTENSIONS
+
+    def class_number(self, label: RawLabel) -> int:
+        """The number of a class given by number or name. Raises DataError for one that there is not."""
+        if isinstance(label, int) and 0 <= label < len(self.class_names):
+            return label
+        if isinstance(label, str) and label in self.class_names:
+            return self.class_names.index(label)
+        raise DataError(f"has the label {label!r}, which is no class")
+
+
+def require_label_rule(label: str) -> None:
+    """Refuse what is none of cls, txt and json:FIELD. Raises ConfigError."""
+    kind, _, field = label.partition(":")
+    if kind not in ("cls", "txt", "json") or (kind == "json") != bool(field):
+        raise ConfigError(f"--label is '{label}'; it is `cls`, `txt` or `json:FIELD`.")
+
+
+def raw_labels(rule: str, content: bytes) -> list[RawLabel]:
+    """The labels in the bytes of a label member, as written: numbers or names. Raises DataError."""
+    kind, _, field = rule.partition(":")
+    try:
+        text = content.decode().strip()
+        value: Any = json.loads(text) if kind == "json" else text
+    except ValueError as error:
+        raise DataError(f"has a .{kind} member that cannot be read ({error})") from error
+    for name in field.split(".") if field else ():
+        if not isinstance(value, dict) or name not in value:
+            raise DataError(f"has no `{field}` in its .json member")
+        value = value[name]
+    values = value if isinstance(value, list) else [value]
+    return [_as_label(item, kind) for item in values]
+
+
+def _as_label(value: Any, kind: str) -> RawLabel:
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise DataError(f"has the label {value!r}, which is neither a number nor a name")
+    if isinstance(value, str) and value.lstrip("-").isdecimal():
+        return int(value)
+    if kind == "cls" and isinstance(value, str):
+        raise DataError(f"has {value!r} in its .cls member, not a class number")
+    return value

@@ -1,0 +1,183 @@
+"""Training on shards that have no index: somebody's listing on the web, a brace list, compressed tars.
+
+The webdataset library reads them as a stream. What that costs, and is said where it is chosen: an epoch is a number of steps,
+samples are shuffled within a buffer and may come twice in an epoch or not at all, and a resumed run sees other samples than
+the undisturbed one would have. What stays: every rank takes the same number of whole steps, and a sample becomes the same
+tensor.
+
+Nothing of a shard is unpickled or run: bytes are taken from it, and the library's own decoders and commands are switched off.
+"""
+
+import itertools
+import os
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from pipeline.config import DataConfig
+from pipeline.data.augment import Augmentation, neutral_colour, plain_image, seeded
+from pipeline.data.dataset import BadSample, Batch, new_images
+from pipeline.data.labels import SampleRule
+from pipeline.data.order import local_batch_size, mix
+from pipeline.data.worker import deliver
+from pipeline.errors import DataError, RunError
+from pipeline.manifest import DatasetManifest
+from pipeline.preprocess import PreprocessSpec
+
+TRADE_OFFS = (
+    "its shards have no index: an epoch is `data.steps_per_epoch` steps of a shuffled stream, in which a sample may come twice "
+    "or not at all, and a resumed run goes on with other samples"
+)
+
+
+class StreamDataset(IterableDataset[Batch]):
+    """An endless stream of local batches of one rank.
+
+    `consumers` are the loader processes of all ranks. Each reads shards of its own in every pass over the list, or, where there
+    are fewer shards than consumers, samples of its own of every shard.
+    """
+
+    def __init__(
+        self,
+        manifest: DatasetManifest,
+        spec: PreprocessSpec,
+        config: DataConfig,
+        augmentation: Augmentation | None,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.urls = manifest.streams["train"]
+        self.rule = SampleRule.of(manifest)
+        self.spec, self.augmentation, self.seed = spec, augmentation, seed
+        self.shuffle_buffer = config.shuffle_buffer
+        self.batch_size = local_batch_size(config.global_batch_size, world_size)
+        # Captured in the rank: a spawned process could not find them out, and every one would read everything.
+        self.first_consumer = rank * max(1, config.num_workers)
+        self.num_consumers = world_size * max(1, config.num_workers)
+        self.salt = 0  # another one for each start, so that a resumed run does not begin with the same samples again
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        consumer = self.first_consumer + (worker.id if worker is not None else 0)
+        samples = enumerate(self._samples(consumer))
+        while True:
+            yield self._batch(list(itertools.islice(samples, self.batch_size)), consumer)
+
+    def _samples(self, consumer: int) -> Iterator[dict[str, Any]]:
+        """Raw samples for ever, one pass over the shards after another."""
+        os.environ["WDS_SECURE"] = "1"
+        from webdataset import filters
+
+        draw = random.Random(mix(self.seed, self.salt, consumer))  # noqa: S311 - reproducible, not secret
+        passes = itertools.chain.from_iterable(self._pass(number, consumer) for number in itertools.count())
+        samples: Iterator[dict[str, Any]] = filters._shuffle(passes, bufsize=self.shuffle_buffer, rng=draw)
+        return samples
+
+    def _pass(self, number: int, consumer: int) -> Iterator[dict[str, Any]]:
+        order = list(self.urls)
+        random.Random(mix(self.seed, self.salt, number)).shuffle(order)  # noqa: S311 - the same on every rank
+        if len(order) >= self.num_consumers:
+            return read_samples(order[consumer :: self.num_consumers])
+        return itertools.islice(read_samples(order), consumer, None, self.num_consumers)
+
+    def _batch(self, samples: list[tuple[int, dict[str, Any]]], consumer: int) -> Batch:
+        assert self.spec.fixed_size is not None
+        images = new_images(len(samples), self.spec.fixed_size)
+        labels, weights, bad = np.zeros(len(samples), np.int64), np.ones(len(samples), np.float32), []
+        for row, (number, sample) in enumerate(samples):
+            try:
+                encoded, labels[row] = self.rule.read(sample)
+                images[row] = self._pixels(encoded, number, consumer)
+            except DataError as error:
+                images[row] = torch.tensor(neutral_colour(self.spec), dtype=torch.uint8)[:, None, None]
+                weights[row] = 0
+                bad.append(BadSample(row, sample["__url__"], sample["__key__"], str(error)))
+        return {
+            "image": images,
+            "label": torch.from_numpy(labels),
+            "weight": torch.from_numpy(weights),
+            "index": torch.full((len(samples),), -1),
+            "bad": bad,
+        }
+
+    def _pixels(self, encoded: bytes, number: int, consumer: int) -> torch.Tensor:
+        if self.augmentation is None:
+            return plain_image(encoded, self.spec)
+        with seeded(mix(self.seed, self.salt), consumer, number):
+            return self.augmentation.image(encoded, self.spec)
+
+
+def read_samples(urls: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Samples of tars as the webdataset library groups them: {extension: bytes, "__key__": ..., "__url__": ...}.
+
+    Raises DataError naming a shard that cannot be read.
+    """
+    os.environ["WDS_SECURE"] = "1"
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    for url in urls:
+        try:
+            with open_stream(url) as stream:
+                yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
+        except DataError:
+            raise
+        except Exception as error:  # tarfile, zlib and the library raise almost anything on broken bytes
+            raise DataError(f"{url}: cannot be read as a stream of samples ({str(error)[:200]}).") from error
+
+
+def open_stream(url: str) -> BinaryIO:
+    """Open a shard on disk or at any URL that fsspec knows. Raises DataError."""
+    import fsspec
+
+    try:
+        stream: BinaryIO = fsspec.open(url, "rb").open()
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{url}: cannot be opened ({str(error)[:200] or type(error).__name__}).") from error
+    return stream
+
+
+class StreamLoader(DataLoader[Batch]):
+    """Endless batches cut into epochs of `steps_per_epoch`; the stream goes on from one epoch to the next."""
+
+    def __init__(self, dataset: StreamDataset, steps_per_epoch: int, global_batch_size: int, **options: Any) -> None:
+        super().__init__(dataset, batch_size=None, collate_fn=deliver, **options)
+        self.steps_per_epoch, self.global_batch_size = steps_per_epoch, global_batch_size
+        self.epoch = self.delivered = self.begin_with = 0
+        self._stream: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if self._stream is None:
+            self._stream = super().__iter__()
+        self.delivered, self.begin_with = self.begin_with, 0
+        while self.delivered < self.steps_per_epoch:
+            batch = next(self._stream)
+            self.delivered += 1
+            yield batch
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the run has come; which samples were seen cannot be said."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.delivered,
+            "num_batches": self.steps_per_epoch,
+            "global_batch_size": self.global_batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after as many steps, with other samples. Raises RunError for another loader's state."""
+        for name, here in (("global_batch_size", self.global_batch_size), ("num_batches", self.steps_per_epoch)):
+            if state[name] != here:
+                raise RunError(f"the checkpoint was made with {name} {state[name]}, but here it is {here}. Use --fresh.")
+        self.epoch, self.begin_with = state["epoch"], state["batch"] % self.steps_per_epoch
+        assert isinstance(self.dataset, StreamDataset)
+        self.dataset.salt = mix(state["epoch"], state["batch"])

@@ -1,0 +1,73 @@
+import pytest
+
+from pipeline.data.labels import RawLabel, SampleRule, raw_labels, require_label_rule
+from pipeline.errors import ConfigError, DataError
+
+NAMES = ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("rule", "content", "labels"),
+    [
+        ("cls", b"3", [3]),
+        ("cls", b" 3\n", [3]),
+        ("txt", b"dog\n", ["dog"]),
+        ("txt", b"1", [1]),
+        ("txt", "Käfer".encode(), ["Käfer"]),
+        ("json:label", b'{"label": 2}', [2]),
+        ("json:label", b'{"label": "dog"}', ["dog"]),
+        ("json:a.b", b'{"a": {"b": ["cat", "dog"]}}', ["cat", "dog"]),
+        ("json:label", b'{"label": []}', []),
+        ("cls", b"-1", [-1]),
+    ],
+)
+def test_a_label_is_a_number_a_name_or_a_list(rule: str, content: bytes, labels: list[RawLabel]) -> None:
+    assert raw_labels(rule, content) == labels
+
+
+@pytest.mark.parametrize(
+    ("rule", "content", "message"),
+    [
+        ("cls", b"dog", "has 'dog' in its .cls member, not a class number"),
+        ("cls", b"", "has the label '', which is neither"),
+        ("txt", b"\xff\xfe", "has a .txt member that cannot be read"),
+        ("json:label", b"{", "has a .json member that cannot be read"),
+        ("json:label", b'{"labels": 1}', "has no `label` in its .json member"),
+        ("json:a.b", b'{"a": 1}', "has no `a.b` in its .json member"),
+        ("json:label", b'{"label": true}', "has the label True, which is neither a number nor a name"),
+        ("json:label", b'{"label": 1.5}', "has the label 1.5, which is neither"),
+        ("json:label", b'{"label": [null]}', "has the label None, which is neither"),
+    ],
+)
+def test_a_label_that_is_none_is_refused(rule: str, content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message.replace(".", r"\.")):
+        raw_labels(rule, content)
+
+
+def test_a_sample_is_read_by_its_rule() -> None:
+    members = {"png": b"P", "jpg": b"J", "seg.png": b"S", "cls": b"1", "json": b'{"kind": "cat"}', "pkl": b"evil"}
+    assert SampleRule("cls", "", NAMES).read(members) == (b"J", 1)
+    assert SampleRule("json:kind", "png", NAMES).read(members) == (b"P", 0)
+    assert SampleRule("cls", "seg.png", NAMES).read(members) == (b"S", 1)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"cls": b"1", "pyd": b""}, "has no image"),
+        ({"jpg": b""}, "has no .cls label"),
+        ({"jpg": b"", "cls": b"2"}, "has the label 2, which is no class"),
+        ({"jpg": b"", "cls": b"-1"}, "has the label -1, which is no class"),
+    ],
+)
+def test_a_sample_without_image_or_class_is_refused(members: dict[str, bytes], message: str) -> None:
+    with pytest.raises(DataError, match=message.replace(".", r"\.")):
+        SampleRule("cls", "", NAMES).read(members)
+
+
+def test_the_rule_itself_is_checked() -> None:
+    for rule in ("cls", "txt", "json:a", "json:a.b"):
+        require_label_rule(rule)
+    for rule in ("json", "json:", "pickle", "cls:a", ""):
+        with pytest.raises(ConfigError, match="it is `cls`, `txt` or `json:FIELD`"):
+            require_label_rule(rule)
