@@ -151,7 +151,11 @@ def _opset_defects(model: onnx.ModelProto, opset: int) -> Iterator[str]:
 
 
 def _leak_defects(model: onnx.ModelProto) -> Iterator[str]:
-    content = model.SerializeToString()
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    for tensor in bare.graph.initializer:
+        tensor.ClearField("raw_data")  # megabytes of weights hold any few bytes by chance
+    content = bare.SerializeToString()
     for folder in {Path.cwd(), Path.home(), Path(__file__).parents[2], Path(torch.__file__).parents[1]}:
         if len(folder.parts) > 1 and str(folder).encode() in content:
             yield f"it holds the path {folder} of this machine"

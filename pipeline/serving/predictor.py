@@ -44,6 +44,7 @@ class Predictor:
             raise ModelError(f"{path}: cannot be loaded as an ONNX model ({reason}).") from error
         self.path = path
         self.metadata = self._read_metadata()
+        self._require_signature()
         self.class_names: list[str] = self.metadata["class_names"]
         self.spec: PreprocessSpec = spec_from_dict(self.metadata["preprocess"])
 
@@ -51,16 +52,25 @@ class Predictor:
         found = self.session.get_modelmeta().custom_metadata_map
         try:
             version = int(found[f"{PREFIX}format_version"])
+            if version > FORMAT_VERSION:
+                raise ModelError(
+                    f"{self.path}: format_version {version} is newer than {FORMAT_VERSION}, which this Shardline reads. "
+                    "Upgrade it."
+                )
             values: dict[str, Any] = {key.removeprefix(PREFIX): value for key, value in found.items() if key.startswith(PREFIX)}
             for name in ("class_names", "preprocess", "versions"):
                 values[name] = json.loads(values[name])
         except (KeyError, ValueError) as error:
             raise ModelError(f"{self.path}: is not a Shardline model: its metadata lacks {error}.") from error
-        if version > FORMAT_VERSION:
-            raise ModelError(
-                f"{self.path}: format_version {version} is newer than {FORMAT_VERSION}, which this Shardline reads. Upgrade it."
-            )
         return values
+
+    def _require_signature(self) -> None:
+        inputs = [item.name for item in self.session.get_inputs()]
+        outputs = [item.name for item in self.session.get_outputs()]
+        if inputs != ["image"] or "probabilities" not in outputs:
+            raise ModelError(
+                f"{self.path}: takes {inputs} and gives {outputs}; a Shardline model takes `image` and gives `probabilities`."
+            )
 
     def probabilities(self, images: list[Pixels]) -> Probabilities:
         """Class probabilities, (N, K), of preprocessed images, each uint8 (H, W, 3)."""
@@ -96,10 +106,7 @@ def verify_model(path: Path) -> dict[str, str]:
     proof = "no parity.json beside it"
     parity_path = path.with_name("parity.json")
     if parity_path.is_file():
-        parity = json.loads(parity_path.read_text())
-        if parity["sha256"] != sha256_of(path):
-            raise ModelError(f"{path}: is not the file that {parity_path} proved: its sha256 differs. Export it again.")
-        proof = f"top-1 agreement {parity['top1_agreement']:.4f} on {parity['num_samples']:,} images"
+        proof = _require_proof(path, parity_path)
     assert spec.fixed_size is not None
     empty = np.zeros((*spec.fixed_size, 3), dtype=np.uint8)
     answer = predictor.probabilities([empty, empty])  # (2, K)
@@ -112,3 +119,18 @@ def verify_model(path: Path) -> dict[str, str]:
         "data set": str(metadata.get("data_digest", ""))[:12],
         "job": str(metadata.get("job_id", "")),
     }
+
+
+def _require_proof(path: Path, parity_path: Path) -> str:
+    """What the parity report says of the model, in words. Raises ModelError when it proves nothing, or another file."""
+    try:
+        parity = json.loads(parity_path.read_text())
+        passed, sha256 = parity["passed"], parity["sha256"]
+        proof = f"top-1 agreement {parity['top1_agreement']:.4f} on {parity['num_samples']:,} images"
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{parity_path}: is not a parity report ({error}). Export the model again.") from error
+    if passed is not True:
+        raise ModelError(f"{path}: did not pass its parity test ({parity_path}). Export it again.")
+    if sha256 != sha256_of(path):
+        raise ModelError(f"{path}: is not the file that {parity_path} proved: its sha256 differs. Export it again.")
+    return proof

@@ -57,7 +57,9 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
     write_json(config.run_dir / RESULT, result)
     outputs = [config.run_dir / RESULT, config.run_dir / PREDICTIONS]
     tracker = open_tracker(config, record)
-    figures = {f"{split}/accuracy": metrics.accuracy, f"{split}/loss": metrics.loss}
+    # A figure without a step would be a point at step 0 of the validation curve.
+    prefix = "test" if split == "test" else f"final_{split}"
+    figures = {f"{prefix}/accuracy": metrics.accuracy, f"{prefix}/loss": metrics.loss}
     tracker.log_final(figures, f"**{split} accuracy {metrics.accuracy:.4f}** on {metrics.num_samples:,} images")
     for path in outputs:
         tracker.log_file(path, "evaluation")

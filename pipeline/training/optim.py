@@ -67,6 +67,9 @@ def build_scheduler(optimizer: Optimizer, config: SchedulerConfig, total_steps: 
     for name in LENGTH_ARGUMENTS:
         if name in inspect.signature(kind).parameters:
             arguments.setdefault(name, total_steps)
+    for name in LENGTH_ARGUMENTS:
+        if not isinstance(arguments.get(name, 1), int):
+            raise ConfigError(f"`scheduler`: {config.name} needs a whole number as {name}, not {arguments[name]!r}.")
     if kind is lr_scheduler.OneCycleLR and arguments["total_steps"] < total_steps:
         raise ConfigError(
             f"`scheduler`: OneCycleLR with total_steps {arguments['total_steps']} ends before the training, "

@@ -258,10 +258,12 @@ def test_a_process_dies_with_the_one_that_it_is_bound_to() -> None:
 
 
 def test_a_rank_dies_with_a_launcher_that_is_killed() -> None:
-    rank = "from pipeline.distributed import die_with_parent; die_with_parent(); print('up', flush=True); input()"
+    rank = (
+        "import time; from pipeline.distributed import die_with_parent\ndie_with_parent(); print(1, flush=True); time.sleep(60)"
+    )
     launcher = python(
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE)\n"
         "child.stdout.readline(); print(child.pid, flush=True); time.sleep(60)",
         rank,
     )

@@ -20,6 +20,7 @@ from pipeline.manifest import (
     open_index,
     read_shard_rows,
     read_versioned_json,
+    require_labels,
     verify_dataset,
 )
 
@@ -62,14 +63,16 @@ def test_the_digest_covers_everything_but_itself_and_what_differs_between_machin
         "info": {},
         "digest": "other",
         "format_version": 0,
+        "streams": {"train": ["https://host/0.tar"]},
         "folder": Path("elsewhere"),
+        "url": "s3://bucket/elsewhere",
     }
     assert others.keys() == {item.name for item in dataclasses.fields(DatasetManifest)}
     before = digest_of(tiny_dataset.content())
     assert before == tiny_dataset.digest
     digests = {name: digest_of(dataclasses.replace(tiny_dataset, **{name: value}).content()) for name, value in others.items()}
     same = {name for name, digest in digests.items() if digest == before}
-    assert same == {"digest", "info", "folder"}
+    assert same == {"digest", "info", "folder", "url"}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ def test_an_index_that_was_cut_short_is_refused_by_name(num_bytes: int, copied_d
 def test_a_label_outside_the_classes_is_refused_with_its_sample(label: int, copied_dataset: DatasetManifest) -> None:
     manifest = relabel(copied_dataset, "val", labels=[0, label])
     with pytest.raises(DataError, match=rf"val\.index\.npy: sample 1 has label {label}, outside the 3 classes \(0 to 2\)"):
-        open_index(manifest, "val")
+        require_labels(manifest, "val")
 
 
 # ---- verifying ----

@@ -3,9 +3,13 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
+from torch import nn
 
+from pipeline.config import ModelConfig
 from pipeline.errors import GateError
-from pipeline.export.graph import require_clean
+from pipeline.export.graph import export_graph, require_clean
+from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec
 
 Change = Callable[[onnx.ModelProto], None]
@@ -45,6 +49,13 @@ def test_nothing_of_the_building_machine_is_inside(model: onnx.ModelProto) -> No
     assert b"site-packages" not in content
     assert b".py" not in content
     assert not any(node.doc_string or node.metadata_props for node in nodes(model))
+
+
+def test_no_part_of_the_graph_keeps_what_the_exporter_noted_on_it(model: onnx.ModelProto) -> None:
+    graph = model.graph
+    parts = [model, graph, *nodes(model), *graph.input, *graph.output, *graph.value_info, *graph.initializer, *model.functions]
+    assert not [part for part in parts if part.doc_string]
+    assert not [part for part in parts if part is not model and part.metadata_props]
 
 
 def test_the_metadata_carries_what_serving_needs(model: onnx.ModelProto, tiny_spec: PreprocessSpec) -> None:
@@ -93,6 +104,21 @@ def use_a_private_operator(model: onnx.ModelProto) -> None:
     model.graph.node.append(onnx.helper.make_node("Secret", ["image"], ["unused"], domain="com.acme"))
 
 
+def hide_a_dropout_in_a_branch(model: onnx.ModelProto) -> None:
+    """An If whose branch holds the noise: what a network with a condition in it exports."""
+    dropout = onnx.helper.make_node("Dropout", ["probabilities"], ["branch"], name="noise")
+    value = onnx.helper.make_tensor_value_info("branch", onnx.TensorProto.FLOAT, ["batch", 3])
+    branch = onnx.helper.make_graph([dropout], "branch", [], [value])
+    model.graph.initializer.append(onnx.helper.make_tensor("condition", onnx.TensorProto.BOOL, [], [True]))
+    model.graph.node.append(
+        onnx.helper.make_node("If", ["condition"], ["unused"], name="if", then_branch=branch, else_branch=branch)
+    )
+
+
+def cut_a_wire(model: onnx.ModelProto) -> None:
+    model.graph.node[-1].input[0] = "nothing"
+
+
 def leak_a_path(model: onnx.ModelProto) -> None:
     model.graph.node[0].doc_string = f"{Path(__file__).parents[3]}/pipeline/models/sequential.py"
 
@@ -101,6 +127,8 @@ def leak_a_path(model: onnx.ModelProto) -> None:
     ("change", "reason"),
     [
         (add_training_dropout, r"node noise \(Dropout\) belongs to training"),
+        (hide_a_dropout_in_a_branch, r"node noise \(Dropout\) belongs to training"),
+        (cut_a_wire, "it is not valid ONNX"),
         (train_the_norm, "belongs to training"),
         (rename_the_input, r"its input is \[\('x'"),
         (fix_the_batch, "its input is"),
@@ -121,3 +149,26 @@ def test_a_graph_that_breaks_the_contract_is_refused(
 def test_another_opset_than_the_one_asked_for_is_refused(model: onnx.ModelProto, tiny_spec: PreprocessSpec) -> None:
     with pytest.raises(GateError, match="its opset is 20, not 21"):
         require_clean(model, tiny_spec, 21)
+
+
+def test_the_bytes_of_a_weight_are_not_taken_for_a_path(
+    model: onnx.ModelProto, tiny_spec: PreprocessSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A folder as short as a container's /w: any file of some megabytes has these two bytes somewhere.
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/w"))
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weight.raw_data = weight.raw_data[:8] + b"/w.B" + weight.raw_data[12:]
+    require_clean(model, tiny_spec, 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_network_on_a_gpu_is_exported_as_one_on_the_cpu(tiny_spec: PreprocessSpec) -> None:
+    def export(device: str) -> bytes:
+        torch.manual_seed(0)
+        network: nn.Module = build_network(ModelConfig(channels=[8]), 3, tiny_spec).to(device)
+        model = export_graph(network, tiny_spec, 20, {})
+        require_clean(model, tiny_spec, 20)
+        return bytes(model.SerializeToString(deterministic=True))
+
+    assert export("cuda") == export("cpu")

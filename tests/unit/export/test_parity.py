@@ -4,6 +4,7 @@ import json
 import numpy as np
 import onnx
 import pytest
+import torch
 from torch import nn
 
 from pipeline.config import ExportConfig
@@ -67,6 +68,10 @@ def test_a_changed_weight_fails(
 ) -> None:
     parity = ask(tiny_network, change_the_weights(exported_model, value), dataset)
     assert not parity.passed
+    assert len(parity.cases) == 4 * 2 * 2
+    assert all(case.max_abs > case.tolerance for case in parity.cases)
+    if not np.isfinite(value):
+        assert {case.max_abs for case in parity.cases} == {np.inf}, "an answer that is no number is infinitely wrong"
     assert "does not give the trained network's answers" in describe_failure(parity)
 
 
@@ -88,3 +93,29 @@ def test_a_split_smaller_than_the_largest_batch_is_repeated(
     assert parity.passed
     assert max(case.batch for case in parity.cases) == 32
     assert parity.num_samples == 12
+
+
+def test_another_class_fails_however_wide_the_tolerance(
+    tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
+) -> None:
+    model = copy_of(exported_model)
+    (last,) = [node for node in model.graph.node if "logits" in node.output]
+    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == last.input[1]]
+    weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
+    wide = dataclasses.replace(CONFIG, tolerance=1e9)
+    parity = compare(tiny_network, model.SerializeToString(), "s" * 64, dataset, wide)
+    assert all(case.max_abs <= case.tolerance for case in parity.cases)
+    assert parity.top1_agreement == 0.0, "the most probable class became the least"
+    assert not parity.passed
+
+
+def test_the_network_is_asked_in_evaluation_mode_whatever_mode_it_comes_in(
+    tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
+) -> None:
+    tiny_network.train()
+    before = {name: tensor.clone() for name, tensor in tiny_network.state_dict().items()}
+    try:
+        assert ask(tiny_network, exported_model, dataset).passed
+    finally:
+        tiny_network.eval()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_network.state_dict().items())

@@ -9,13 +9,18 @@ import torch
 from torch import nn
 
 from pipeline.config import Config
-from pipeline.errors import GateError
+from pipeline.errors import GateError, RunError
 from pipeline.export import publish
 from pipeline.files import sha256_of
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from pipeline.run import BEST, RunRecord
 from tests.unit.export.test_parity import change_the_weights
+
+METADATA = {
+    *("format_version", "class_names", "task", "preprocess", "preprocess_hash", "data_digest", "job_id", "mlflow_run_id"),
+    *("checkpoint_sha256", "git_commit", "versions"),
+}
 
 
 class Tracker:
@@ -82,6 +87,13 @@ def test_a_proved_model_is_published_and_tracked(
     assert tracker.files == ["export/model.onnx", "export/parity.json"]
     inputs = record.inputs_of("export", tiny_config, "test")
     assert record.stage_is_done("export", inputs)
+    metadata = {entry.key: entry.value for entry in onnx.load(tiny_config.run_dir / publish.MODEL).metadata_props}
+    assert set(metadata) == {f"shardline.{name}" for name in METADATA}
+    assert record.best is not None
+    assert metadata["shardline.checkpoint_sha256"] == record.best["sha256"]
+    assert metadata["shardline.data_digest"] == tiny_dataset.digest
+    assert metadata["shardline.job_id"] == record.job_id
+    assert json.loads(metadata["shardline.preprocess"])["mean"] == tiny_spec.mean
 
 
 @pytest.mark.usefixtures("quick_export")
@@ -115,3 +127,39 @@ def test_a_graph_that_fails_its_lint_is_not_published(
     with pytest.raises(GateError, match="its opset is 20, not 21"):
         publish.export(other, tiny_dataset, tiny_spec, record)
     assert exports(tiny_config) == []
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_an_export_that_breaks_down_leaves_the_earlier_model_aside_and_none_in_its_place(
+    tiny_config: Config,
+    tiny_dataset: DatasetManifest,
+    tiny_spec: PreprocessSpec,
+    record: RunRecord,
+    tracker: Tracker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    earlier = (tiny_config.run_dir / publish.MODEL).read_bytes()
+
+    def break_down(*arguments: object) -> onnx.ModelProto:
+        raise RuntimeError("the exporter broke down")
+
+    monkeypatch.setattr(publish, "export_graph", break_down)
+    with pytest.raises(RuntimeError, match="broke down"):
+        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    kept = exports(tiny_config)
+    assert not {"model.onnx", "parity.json"} & set(kept)
+    (aside,) = [name for name in kept if name.startswith("model.onnx.")]
+    assert (tiny_config.run_dir / "export" / aside).read_bytes() == earlier
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_checkpoint_that_is_not_what_training_left_costs_no_published_model(
+    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
+) -> None:
+    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    with (tiny_config.run_dir / BEST).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(RunError, match=r"best\.ckpt: is not the file that training left"):
+        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    assert exports(tiny_config) == ["model.onnx", "parity.json"]

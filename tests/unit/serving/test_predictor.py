@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from pipeline.errors import DataError, ModelError
@@ -51,6 +53,29 @@ def test_the_answers_are_those_of_the_trained_network(
         assert answer.probability == max(answer.probabilities.values())
 
 
+@pytest.mark.parametrize(("name", "mode"), [("large.jpg", "RGB"), ("clear.png", "RGBA"), ("grey.webp", "L")])
+def test_any_kind_of_image_is_answered_as_the_trained_network_would(
+    model_path: Path, tiny_network: nn.Sequential, tiny_spec: PreprocessSpec, tmp_path: Path, name: str, mode: str
+) -> None:
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    noise = np.random.default_rng(0).integers(0, 256, (50, 70, bands), dtype=np.uint8).squeeze()  # (H, W, C) or (H, W)
+    Image.fromarray(noise, mode).save(tmp_path / name)
+    pixels = decode_image((tmp_path / name).read_bytes(), tiny_spec).copy()
+    with torch.no_grad():
+        wanted = tiny_network(torch.from_numpy(pixels).permute(2, 0, 1)[None]).softmax(dim=1)[0].numpy()  # (K,)
+    answer = Predictor(model_path).predict(tmp_path / name)
+    np.testing.assert_allclose(list(answer.probabilities.values()), wanted, rtol=0, atol=1e-5)  # as above
+
+
+def test_an_image_that_was_cut_short_is_refused(model_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(DataError, match=r"cut\.jpg: cannot be decoded"):
+        Predictor(model_path).predict(path)
+
+
 def test_what_is_no_image_is_refused_by_name(model_path: Path, tmp_path: Path) -> None:
     predictor = Predictor(model_path)
     (tmp_path / "text.jpg").write_text("not an image")
@@ -78,6 +103,10 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
         (lambda metadata: metadata.pop("shardline.class_names"), "is not a Shardline model"),
         (lambda metadata: metadata.update({"shardline.class_names": "blue"}), "is not a Shardline model"),
         (lambda metadata: metadata.update({"shardline.format_version": "2"}), "format_version 2 is newer than 1"),
+        (
+            lambda metadata: [metadata.pop("shardline.versions"), metadata.update({"shardline.format_version": "2"})],
+            "format_version 2 is newer than 1",
+        ),
         (lambda metadata: metadata.update({"shardline.preprocess": "{}"}), "needs another Shardline"),
     ],
 )
@@ -86,8 +115,51 @@ def test_a_model_of_somebody_else_is_refused(exported_model: onnx.ModelProto, tm
         Predictor(edited(exported_model, tmp_path / "model.onnx", edit))
 
 
+def rename_the_input(model: onnx.ModelProto) -> None:
+    model.graph.input[0].name = "x"
+    for node in model.graph.node:
+        node.input[:] = ["x" if name == "image" else name for name in node.input]
+
+
+def rename_an_output(model: onnx.ModelProto) -> None:
+    model.graph.output[1].name = "p"
+    for node in model.graph.node:
+        node.output[:] = ["p" if name == "probabilities" else name for name in node.output]
+
+
+def add_a_class(model: onnx.ModelProto) -> None:
+    (entry,) = [entry for entry in model.metadata_props if entry.key == "shardline.class_names"]
+    entry.value = '["blue", "green", "red", "white"]'
+
+
+@pytest.mark.parametrize("change", [rename_the_input, rename_an_output, add_a_class])
+def test_a_model_that_does_not_keep_its_promise_is_refused_by_name(
+    exported_model: onnx.ModelProto, tmp_path: Path, change: Callable[[onnx.ModelProto], None]
+) -> None:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(exported_model)
+    change(copy)
+    (tmp_path / "model.onnx").write_bytes(copy.SerializeToString())
+    with pytest.raises(ModelError, match=r"model\.onnx: "):
+        verify_model(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("report", ["not JSON", "{}", "[]"])
+def test_verify_refuses_a_parity_report_that_says_nothing(model_path: Path, report: str) -> None:
+    model_path.with_name("parity.json").write_text(report)
+    with pytest.raises(ModelError, match=r"parity\.json"):
+        verify_model(model_path)
+
+
+def test_verify_refuses_a_model_whose_parity_failed(model_path: Path) -> None:
+    parity = {"passed": False, "sha256": sha256_of(model_path), "top1_agreement": 0.25, "num_samples": 12}
+    model_path.with_name("parity.json").write_text(json.dumps(parity))
+    with pytest.raises(ModelError, match=r"parity\.json"):
+        verify_model(model_path)
+
+
 def test_verify_passes_the_file_that_parity_proved_and_no_other(model_path: Path) -> None:
-    parity = {"sha256": sha256_of(model_path), "top1_agreement": 1.0, "num_samples": 12}
+    parity = {"passed": True, "sha256": sha256_of(model_path), "top1_agreement": 1.0, "num_samples": 12}
     model_path.with_name("parity.json").write_text(json.dumps(parity))
     assert verify_model(model_path)["proof"] == "top-1 agreement 1.0000 on 12 images"
     model_path.with_name("parity.json").write_text(json.dumps({**parity, "sha256": "0" * 64}))

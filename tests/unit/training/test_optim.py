@@ -180,6 +180,7 @@ def test_a_plateau_is_where_the_monitor_stops_improving(
         ("StepLR", {"stepsize": 3}, "`scheduler.args.stepsize`: StepLR has no such argument. Did you mean 'step_size'?"),
         ("StepLR", {}, "`scheduler`: StepLR refuses its arguments: .*step_size"),
         ("OneCycleLR", {"max_lr": 0.1, "pct_start": 3}, "`scheduler`: OneCycleLR refuses its arguments"),
+        ("OneCycleLR", {"max_lr": 0.1, "total_steps": "ten"}, "`scheduler`: OneCycleLR"),
         ("LambdaLR", {"lr_lambda": "lambda step: 1"}, "`scheduler`: LambdaLR refuses its arguments"),
         ("ChainedScheduler", {}, "`scheduler`: ChainedScheduler refuses its arguments"),
     ],

@@ -66,13 +66,25 @@ def test_a_signal_stops_at_the_next_agreed_step_after_saving_it(
     assert (facts["global_step"], facts["cursor"]) == (5, {"epoch": 0, "batch": 5})
 
 
+@pytest.mark.parametrize(
+    ("batch", "steps", "after_step"),
+    [(4, STEPS_PER_EPOCH, 6), (7, 5, 2)],
+    ids=["past the last agreement", "the last step is itself one to agree at"],
+)
 def test_a_signal_at_the_end_of_an_epoch_waits_for_its_validation(
-    config: Config, record: RunRecord, callbacks: Callable[[], list[L.Callback]], fit: Fit
+    config: Config,
+    record: RunRecord,
+    callbacks: Callable[[], list[L.Callback]],
+    fit: Fit,
+    batch: int,
+    steps: int,
+    after_step: int,
 ) -> None:
-    with pytest.raises(StoppedError, match=f"stopped by SIGTERM after step {STEPS_PER_EPOCH}, saved"):
-        fit(config, SendSignal(signal.SIGTERM, after_step=6), *callbacks())
+    config = change(config, "data", global_batch_size=batch)
+    with pytest.raises(StoppedError, match=f"stopped by SIGTERM after step {steps}, saved"):
+        fit(config, SendSignal(signal.SIGTERM, after_step), *callbacks())
     for name in (LAST, BEST):
-        assert load_checkpoint(config.run_dir / name, record)["shardline"]["global_step"] == STEPS_PER_EPOCH
+        assert load_checkpoint(config.run_dir / name, record)["shardline"]["global_step"] == steps
 
 
 @pytest.mark.parametrize("after_step", [2, 6, STEPS_PER_EPOCH + 2])
