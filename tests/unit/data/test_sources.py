@@ -1,10 +1,13 @@
+import dataclasses
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from pipeline.data.sources import open_source
+from pipeline.config import DatasetConfig
+from pipeline.data.sources import ImageSource, open_source
 from pipeline.errors import DataError
 from tests.unit.conftest import ImageFolder
 
@@ -15,37 +18,50 @@ def folder(image_folder: ImageFolder, tmp_path: Path) -> Path:
     return image_folder(tmp_path / "source", {"red": 3, "blue": 3})
 
 
-def names_of(folder: Path) -> list[str]:
-    return [image.name for image in open_source(str(folder)).images]
+def opened(path: Path | str, class_level: int | None = None) -> ImageSource:
+    return open_source(DatasetConfig(source=str(path), class_level=class_level))
+
+
+def listed(path: Path | str, class_level: int | None = None) -> dict[str, str]:
+    """Class and split of each image, by its name: `cat`, or `cat in val`."""
+    source = opened(path, class_level)
+    return {
+        image.name: source.class_names[image.labels[0]] + (f" in {image.split}" if image.split else "")
+        for image in source.images()
+    }
+
+
+def images_at(root: Path, *names: str) -> Path:
+    """Files that listing takes for images."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
 
 
 def test_each_folder_is_a_class_in_alphabetical_order(folder: Path) -> None:
-    source = open_source(str(folder))
-    assert source.class_names == ["blue", "red"]
-    assert [(image.name, image.label) for image in source.images] == [
-        *((f"blue/{number:02d}.png", 0) for number in range(3)),
-        *((f"red/{number:02d}.png", 1) for number in range(3)),
+    source = opened(folder)
+    assert (source.kind, source.task, source.class_names) == ("folder", "single", ["blue", "red"])
+    assert [(image.name, image.labels, image.split) for image in source.images()] == [
+        *((f"blue/{number:02d}.png", (0,), None) for number in range(3)),
+        *((f"red/{number:02d}.png", (1,), None) for number in range(3)),
     ]
-    assert source.images[4].read() == (folder / "red" / "01.png").read_bytes()
+    assert source.read("red/01.png") == (folder / "red" / "01.png").read_bytes()
     assert source.num_ignored == 0
 
 
-def test_images_in_deeper_folders_belong_to_their_class(folder: Path) -> None:
-    deeper = folder / "red" / "2024" / "x"
-    deeper.mkdir(parents=True)
-    (folder / "red" / "00.png").rename(deeper / "00.png")
-    assert "red/2024/x/00.png" in names_of(folder)
-
-
 def test_files_that_are_no_images_are_ignored_and_counted(folder: Path) -> None:
-    before = names_of(folder)
     for name in ("Thumbs.db", "notes.txt", ".hidden.png"):
         (folder / "red" / name).write_bytes(b"x")
     (folder / ".git").mkdir()
+    (folder / ".git" / "picture.png").write_bytes(b"x")
+    (folder / "readme.md").write_text("x")
+    (folder / "loose.png").write_bytes(b"x")  # of no class
     shutil.copy(folder / "red" / "00.png", folder / "red" / "03.PNG")
-    source = open_source(str(folder))
-    assert [image.name for image in source.images] == [*before, "red/03.PNG"]
-    assert source.num_ignored == 3
+    source = opened(folder)
+    assert len(list(source.images())) == 7
+    assert source.num_ignored == 6
+    assert len(list(source.images())) == 7 and source.num_ignored == 6  # counted anew
 
 
 def test_images_in_a_hidden_folder_of_a_class_are_ignored_and_counted(folder: Path) -> None:
@@ -53,61 +69,150 @@ def test_images_in_a_hidden_folder_of_a_class_are_ignored_and_counted(folder: Pa
     hidden = folder / "red" / ".ipynb_checkpoints"
     hidden.mkdir()
     shutil.copy(folder / "red" / "00.png", hidden / "00-checkpoint.png")
-    source = open_source(str(folder))
-    assert len(source.images) == 6
+    source = opened(folder)
+    assert len(list(source.images())) == 6
     assert source.num_ignored == 1
 
 
-def test_images_beside_the_class_folders_are_counted_as_ignored(folder: Path) -> None:
-    shutil.copy(folder / "red" / "00.png", folder / "forgotten.png")
-    source = open_source(str(folder))
-    assert len(source.images) == 6
-    assert source.num_ignored == 1
+def test_a_class_is_the_topmost_folder_that_holds_images(tmp_path: Path) -> None:
+    images_at(tmp_path, "animals/cat/1.jpg", "animals/cat/2024/x/2.jpg", "animals/dog/1.jpg", "things/outside/car/1.jpg")
+    assert listed(tmp_path) == {
+        "animals/cat/1.jpg": "cat",
+        "animals/cat/2024/x/2.jpg": "cat",
+        "animals/dog/1.jpg": "dog",
+        "things/outside/car/1.jpg": "car",
+    }
 
 
-def test_names_in_any_script_are_read(folder: Path) -> None:
-    (folder / "red").rename(folder / "красный")
-    (folder / "красный" / "00.png").rename(folder / "красный" / "猫 é.png")
-    source = open_source(str(folder))
-    assert source.class_names == ["blue", "красный"]
-    assert "красный/猫 é.png" in [image.name for image in source.images]
+def test_another_level_can_name_the_classes(tmp_path: Path) -> None:
+    images_at(tmp_path, "cat/2023/1.jpg", "cat/2024/1.jpg", "dog/2024/1.jpg", "dog/2.jpg")
+    assert set(listed(tmp_path, 1).values()) == {"cat", "dog"}
+    source = opened(tmp_path, 2)
+    assert source.class_names == ["2023", "cat/2024", "dog/2024"]
+    assert len(list(source.images())) == 3 and source.num_ignored == 1
 
 
-def test_folders_that_look_like_splits_are_refused_before_they_become_classes(folder: Path) -> None:
-    (folder / "red").rename(folder / "Train")
-    (folder / "blue").rename(folder / "val")
-    with pytest.raises(DataError, match=r"its folders \(Train, val\) look like splits, not classes"):
-        open_source(str(folder))
+def test_class_folders_of_one_name_are_called_by_their_path(tmp_path: Path) -> None:
+    images_at(tmp_path, "animals/bat/1.jpg", "sports/bat/1.jpg", "sports/ball/1.jpg")
+    assert opened(tmp_path).class_names == ["animals/bat", "ball", "sports/bat"]
 
 
-def test_a_class_that_is_called_test_is_a_class_beside_others(folder: Path) -> None:
-    (folder / "red").rename(folder / "test")
-    assert open_source(str(folder)).class_names == ["blue", "test"]
+@pytest.mark.parametrize(
+    ("pattern", "splits"),
+    [
+        ("{split}/{name}/1.jpg", ("train", "val", "test")),
+        ("images/{split}/{name}/1.jpg", ("Training", "valid", "TEST")),
+        ("{name}/{split}/1.jpg", ("train", "validation", "testing")),
+        ("a/{name}/{split}/1.jpg", ("train", "dev", "test")),
+    ],
+)
+def test_a_level_of_split_folders_names_the_split_wherever_it_is(
+    pattern: str, splits: tuple[str, str, str], tmp_path: Path
+) -> None:
+    for split in splits:
+        images_at(tmp_path, *(pattern.format(split=split, name=name) for name in ("cat", "dog")))
+    assert opened(tmp_path).class_names == ["cat", "dog"]
+    for plain, split in zip(("train", "val", "test"), splits, strict=True):
+        assert listed(tmp_path)[pattern.format(split=split, name="dog")] == f"dog in {plain}"
 
 
-def test_one_class_is_refused(folder: Path) -> None:
-    shutil.rmtree(folder / "red")
-    with pytest.raises(DataError, match=r"source: holds 1 class folders; at least 2 are needed"):
-        open_source(str(folder))
+def test_a_class_called_test_is_a_class_beside_others(tmp_path: Path) -> None:
+    images_at(tmp_path, "test/1.jpg", "exam/1.jpg")
+    assert listed(tmp_path) == {"exam/1.jpg": "exam", "test/1.jpg": "test"}
 
 
-def test_a_folder_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere: no such folder\. `dataset\.source` is `digits` or a folder"):
-        open_source(str(tmp_path / "nowhere"))
+def test_images_beside_the_class_folders_of_a_split_belong_to_no_class(tmp_path: Path) -> None:
+    images_at(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "train/loose.jpg")
+    source = opened(tmp_path)
+    assert len(list(source.images())) == 2 and source.num_ignored == 1
 
 
-def test_the_home_folder_can_be_written_as_a_tilde(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(folder.parent))
-    assert open_source("~/source").class_names == ["blue", "red"]
+@pytest.mark.parametrize("name", ["with space", "Käfer", "漢字", "line\nbreak", os.fsdecode(b"latin-\xe4")])
+def test_names_of_any_letters_work(name: str, tmp_path: Path) -> None:
+    images_at(tmp_path, f"{name}/{name}.jpg", "other/1.jpg")
+    assert listed(tmp_path)[f"{name}/{name}.jpg"] == name
+    assert opened(tmp_path).read(f"{name}/{name}.jpg") == b"x"
 
 
-def test_the_fingerprint_changes_when_an_image_is_added_removed_or_rewritten(folder: Path) -> None:
-    seen = [open_source(str(folder)).fingerprint]
-    assert open_source(str(folder)).fingerprint == seen[0]
-    shutil.copy(folder / "red" / "00.png", folder / "red" / "new.png")
-    seen.append(open_source(str(folder)).fingerprint)
-    (folder / "blue" / "00.png").unlink()
-    seen.append(open_source(str(folder)).fingerprint)
-    os.utime(folder / "blue" / "01.png", ns=(1, 1))  # as after a rewrite of the same length
-    seen.append(open_source(str(folder)).fingerprint)
-    assert len(set(seen)) == 4
+def test_a_link_to_a_folder_above_does_not_go_round_for_ever(folder: Path) -> None:
+    (folder / "red" / "again").symlink_to(folder)
+    (folder / "green").symlink_to(folder / "blue")  # a link to another folder is a folder
+    assert opened(folder).class_names == ["blue", "green", "red"]
+    assert len(listed(folder)) < 30
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "holds no folder with images; put the images of each class into a folder of its own"),
+        (["1.jpg"], "holds no folder with images"),
+        (["cat/1.jpg", "cat/sub/2.jpg"], r"holds 1 class folders \(images lie in cat, cat/sub\); at least 2 are needed"),
+        (["train/cat/1.jpg"], r"holds 1 class folders \(images lie in train/cat\)"),
+    ],
+)
+def test_a_folder_without_two_classes_is_refused(names: list[str], message: str, tmp_path: Path) -> None:
+    images_at(tmp_path, *names)
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path)
+
+
+def test_a_class_level_without_two_classes_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"holds 0 class folders at `dataset.class_level` 4 .* say with --dataset\.class_level"):
+        opened(folder, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "nowhere: no such folder. `dataset.source` is `digits`"),
+        ("notes.txt", "is neither a table .* nor an archive"),
+    ],
+)
+def test_what_is_no_source_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path / name)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv to be another user")
+def test_a_folder_that_may_not_be_read_is_named(folder: Path) -> None:
+    (folder / "red").chmod(0)
+    script = (
+        "from pipeline.config import DatasetConfig\nfrom pipeline.data.sources import open_source\n"
+        f"open_source(DatasetConfig(source={str(folder)!r}))"
+    )
+    folder.parent.chmod(0o755)
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", shutil.which("python") or "python", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    (folder / "red").chmod(0o755)
+    if "No module named" in done.stderr or "Permission denied: '/tmp" in done.stderr:
+        pytest.skip("another user cannot see the environment here")
+    assert "red: the folder cannot be read (Permission denied)" in done.stderr
+
+
+def test_an_image_that_changes_has_other_facts(folder: Path) -> None:
+    def facts() -> set[tuple[str, tuple[int, int]]]:
+        return {(image.name, image.facts) for image in opened(folder).images()}
+
+    before = facts()
+    assert facts() == before
+    path = folder / "red" / "00.png"
+    os.utime(path, ns=(1, 1))
+    assert len(facts() - before) == 1
+    path.write_bytes(path.read_bytes() + b"x")
+    os.utime(path, ns=(1, 1))
+    assert {size for name, (size, _) in facts() - before if name == "red/00.png"} == {path.stat().st_size}
+
+
+def test_the_digits_are_all_there() -> None:
+    source = opened("digits")
+    images = list(source.images())
+    assert (len(images), source.class_names) == (1797, [str(digit) for digit in range(10)])
+    assert images[5].name == "digit-0005"
+    assert source.read("digit-0005").startswith(b"\x89PNG")
+    assert dataclasses.asdict(images[0])["labels"] == (0,)
