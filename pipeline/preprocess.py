@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from pipeline.config import Interpolation, PreprocessConfig
 from pipeline.errors import ConfigError, DataError, ModelError
 from pipeline.files import digest_of
-from pipeline.manifest import ImageStats
+from pipeline.manifest import DatasetManifest, ImageStats
 
 Pixels = npt.NDArray[np.uint8]
 # Pillow opens only these, so that a stray PostScript or video file never reaches a decoder.
@@ -73,6 +73,12 @@ class PreprocessSpec:
         return None
 
 
+def spec_for(config: PreprocessConfig, manifest: DatasetManifest) -> PreprocessSpec:
+    """The preprocessing of a model of this data set: its statistics, and the background that its images were laid on."""
+    red, green, blue = manifest.preparation.get("background", WHITE)
+    return dataclasses.replace(build_spec(config, manifest.image_stats), background=(red, green, blue))
+
+
 def build_spec(config: PreprocessConfig, stats: ImageStats) -> PreprocessSpec:
     """Complete the configuration with the normalisation's numbers. Raises ConfigError for sizes that cannot work."""
     for key, sides in (("resize", config.resize), ("crop", config.crop)):
@@ -124,7 +130,7 @@ def open_image(encoded: bytes, background: tuple[int, int, int]) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             image.load()
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image, background)
     except DataError:
         raise
@@ -136,6 +142,8 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling.
         grey = np.asarray(image, dtype=np.float64)  # (H, W)
+        if image.mode == "F" and grey.max(initial=0) <= 1:
+            grey = grey * 255.0
         if image.mode.startswith("I;16") or grey.max(initial=0) > 255:
             grey = grey / 257.0
         return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
@@ -143,7 +151,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (*background, 255))
         return Image.alpha_composite(canvas, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # it would copy
 
 
 def decode_image(encoded: bytes, spec: PreprocessSpec) -> Pixels:

@@ -17,7 +17,7 @@ from pipeline.console import say
 from pipeline.errors import RunError
 from pipeline.files import digest_of, move_aside, sha256_of, write_bytes, write_json
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest, read_versioned_json
-from pipeline.preprocess import PreprocessSpec, build_spec
+from pipeline.preprocess import PreprocessSpec, spec_for
 
 RUN_NAME = "run.json"
 CONFIG_NAME = "config.yaml"
@@ -121,7 +121,7 @@ def open_run(config: Config, manifest: DatasetManifest, *, fresh: bool = False) 
     An existing run of another configuration or data set, or any when `fresh`, is moved aside first. The caller holds
     RUN's lock.
     """
-    spec = build_spec(config.preprocess, manifest.image_stats)
+    spec = spec_for(config.preprocess, manifest)
     wanted = (config.identity(), manifest.digest, spec.hash())
     record = RunRecord.load(config.run_dir)
     if record is not None:
@@ -141,7 +141,7 @@ def open_run(config: Config, manifest: DatasetManifest, *, fresh: bool = False) 
 
 def require_run(config: Config, manifest: DatasetManifest) -> tuple[RunRecord, PreprocessSpec]:
     """Return the record of this configuration's run on this data, and its preprocessing. Raises RunError for another's."""
-    spec = build_spec(config.preprocess, manifest.image_stats)
+    spec = spec_for(config.preprocess, manifest)
     record = RunRecord.require(config.run_dir)
     wanted = (config.identity(), manifest.digest, spec.hash())
     if record.identity != wanted:

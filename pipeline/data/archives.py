@@ -74,7 +74,7 @@ class TarImages(ArchiveImages):
                     name = member.name.removeprefix("./")
                     if member.isreg() and is_image_name(name):
                         members[name] = (member.size, member.offset_data)
-                    tar.members = []  # tarfile would keep every header
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         except BROKEN as error:
             raise DataError(f"{self.path}: {_why_unreadable(self.path, error)}") from error
         # A tar that was cut between two members reads well; but every tar ends with a block of zeros.

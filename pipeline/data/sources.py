@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +86,9 @@ class Digits(ImageSource):
     """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn (from the UCI repository)."""
 
     kind = "digits"
-    class_names: ClassVar[list[str]] = [str(digit) for digit in range(10)]
+
+    def __init__(self) -> None:
+        self.class_names = [str(digit) for digit in range(10)]
 
     @functools.cached_property
     def _digits(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

@@ -13,7 +13,7 @@ from pipeline.data.dataset import ShardDataset
 from pipeline.files import write_bytes, write_json
 from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import build_network
-from pipeline.preprocess import build_spec
+from pipeline.preprocess import spec_for
 from pipeline.run import RunRecord, require_run
 from pipeline.task import Metrics
 from pipeline.tracking.run import open_tracker
@@ -52,7 +52,7 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
         "data_digest": manifest.digest,
         "checkpoint_sha256": record.best["sha256"],
     }
-    dataset = ShardDataset(manifest, split, build_spec(config.preprocess, manifest.image_stats))
+    dataset = ShardDataset(manifest, split, spec_for(config.preprocess, manifest))
     write_bytes(config.run_dir / PREDICTIONS, _predictions_table(dataset, manifest.class_names, predictions))
     write_json(config.run_dir / RESULT, result)
     outputs = [config.run_dir / RESULT, config.run_dir / PREDICTIONS]

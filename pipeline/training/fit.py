@@ -20,7 +20,7 @@ from pipeline.errors import RunError, StoppedError
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import build_network, count_parameters
-from pipeline.preprocess import PreprocessSpec, build_spec
+from pipeline.preprocess import PreprocessSpec, spec_for
 from pipeline.run import BEST, LAST, RunRecord, open_run
 from pipeline.tracking.run import RunTracker, open_tracker
 from pipeline.training.bad_samples import BadSampleLedger
@@ -88,7 +88,7 @@ def fit(config: Config) -> None:
 
 def wait_for_run(config: Config, manifest: DatasetManifest) -> tuple[RunRecord, PreprocessSpec]:
     """On ranks other than 0: the record, once rank 0 has it in place for this configuration and data."""
-    spec = build_spec(config.preprocess, manifest.image_stats)
+    spec = spec_for(config.preprocess, manifest)
     wanted = (config.identity(), manifest.digest, spec.hash())
     deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
     while time.monotonic() < deadline:

@@ -10,7 +10,7 @@ from pipeline.data.order import local_batch_size, training_steps_per_epoch
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DatasetManifest, require_labels
 from pipeline.models.sequential import build_network, require_forward
-from pipeline.preprocess import PreprocessSpec, build_spec
+from pipeline.preprocess import PreprocessSpec, spec_for
 from pipeline.task import require_supported
 from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
@@ -18,7 +18,7 @@ from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_
 def require_trainable(config: Config, manifest: DatasetManifest, world_size: int) -> None:
     """Refuse, before any rank starts, everything that would make one fail. Raises ConfigError or DataError."""
     require_supported(manifest.task)
-    spec = build_spec(config.preprocess, manifest.image_stats)
+    spec = spec_for(config.preprocess, manifest)
     require_mixable(config.data.augment, local_batch_size(config.data.global_batch_size, world_size))
     if "val" not in manifest.splits:
         raise DataError(

@@ -57,7 +57,7 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_dataset(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> DatasetManifest:
     """Shards of `tiny_source`: 36 samples in train, 12 in val, 12 in test, at most 5 in a shard. Read-only."""
     config = dataclasses.replace(TINY_SPLIT, source=str(tiny_source))
-    return write_dataset(open_source(str(tiny_source)), config, tmp_path_factory.mktemp("dataset") / "tiny")
+    return write_dataset(open_source(config), config, tmp_path_factory.mktemp("dataset") / "tiny")
 
 
 @pytest.fixture

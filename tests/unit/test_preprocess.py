@@ -13,8 +13,8 @@ from PIL import Image
 
 from pipeline.config import PreprocessConfig
 from pipeline.errors import ConfigError, DataError, ModelError
-from pipeline.manifest import ImageStats
-from pipeline.preprocess import PreprocessSpec, build_spec, decode_image, spec_from_dict
+from pipeline.manifest import DatasetManifest, ImageStats
+from pipeline.preprocess import PreprocessSpec, build_spec, decode_image, spec_for, spec_from_dict
 
 Pixels = npt.NDArray[np.uint8]
 AS_STORED = PreprocessSpec(
@@ -84,6 +84,18 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), d
 RED = Image.new("RGB", (4, 4), (255, 0, 0))
 
 
+def png_of_sixteen_bits(colour_type: int, samples: list[int]) -> bytes:
+    """A PNG of 4 x 4 pixels with 16 bits a sample, which Pillow reads and does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    row = b"\0" + struct.pack(f">{len(samples)}H", *samples) * 4
+    header = struct.pack(">IIBBBBB", 4, 4, 16, colour_type, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(row * 4)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+
+
 @pytest.mark.parametrize(
     ("encoded", "colour"),
     [
@@ -97,6 +109,14 @@ RED = Image.new("RGB", (4, 4), (255, 0, 0))
         (encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG"), (255, 0, 0)),
         (encode(RED, "WEBP", lossless=True), (255, 0, 0)),
         (encode(RED, "BMP"), (255, 0, 0)),
+        (encode(RED, "MPO", save_all=True, append_images=[RED], quality=100), (255, 0, 0)),  # what phones call .jpg
+        (encode(RED, "JPEG", progressive=True, quality=100), (255, 0, 0)),
+        (encode(RED.convert("CMYK"), "TIFF"), (255, 0, 0)),
+        (encode(RED, "TIFF", save_all=True, append_images=[Image.new("RGB", (4, 4), (0, 0, 255))]), (255, 0, 0)),
+        (encode(Image.new("F", (4, 4), 0.5), "TIFF"), (128, 128, 128)),  # floats up to 1 are shares of white
+        (encode(Image.new("F", (4, 4), 77.0), "TIFF"), (77, 77, 77)),
+        (png_of_sixteen_bits(2, [0xC800, 0x6400, 0x3200]), (200, 100, 50)),
+        (encode(RED, "WEBP", lossless=True, save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")]), (255, 0, 0)),
         (encode(RED, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), (0, 0, 255))]), (255, 0, 0)),
     ],
     ids=[
@@ -110,6 +130,14 @@ RED = Image.new("RGB", (4, 4), (255, 0, 0))
         "cmyk",
         "webp",
         "bmp",
+        "mpo",
+        "progressive",
+        "tiff-cmyk",
+        "tiff-page-1",
+        "tiff-float",
+        "tiff-float-255",
+        "16-bit-colour",
+        "webp-frame-1",
         "gif-frame-1",
     ],
 )
@@ -303,3 +331,11 @@ def test_a_spec_knows_the_size_of_every_image_and_keeps_it(config: PreprocessCon
 def test_sizes_that_cannot_work_are_refused(config: PreprocessConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_spec(config, STATS)
+
+
+def test_a_model_lays_transparent_images_on_the_background_of_its_data_set(tiny_dataset: DatasetManifest) -> None:
+    config = PreprocessConfig(resize=[4, 4])
+    assert spec_for(config, tiny_dataset).background == (255, 255, 255)
+    black = dataclasses.replace(tiny_dataset, preparation={**tiny_dataset.preparation, "background": [0, 0, 0]})
+    assert spec_for(config, black).background == (0, 0, 0)
+    assert spec_for(config, black).hash() != spec_for(config, tiny_dataset).hash()

@@ -20,7 +20,7 @@ def contradictory(subject: Subject, tiny_source: Path, tmp_path: Path) -> Subjec
     for class_name in ("left", "right"):
         shutil.copytree(tiny_source / "red", source / class_name)
     config = dataclasses.replace(subject.config.dataset, source=str(source))
-    return dataclasses.replace(subject, manifest=write_dataset(open_source(str(source)), config, tmp_path / "twice"))
+    return dataclasses.replace(subject, manifest=write_dataset(open_source(config), config, tmp_path / "twice"))
 
 
 def test_one_batch_is_learned_by_heart_even_where_dropout_would_forbid_it(subject: Subject) -> None:

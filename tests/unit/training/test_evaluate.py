@@ -102,7 +102,7 @@ def test_without_a_test_split_the_final_figures_stay_off_the_training_curves(
 ) -> None:
     dataset = dataclasses.replace(tiny_config.dataset, test_fraction=0.0, path=str(tmp_path / "no-test"))
     config = dataclasses.replace(tiny_config, dataset=dataset)
-    manifest = write_dataset(open_source(str(tiny_source)), dataset, config.dataset_dir)
+    manifest = write_dataset(open_source(dataset), dataset, config.dataset_dir)
     finish_training(config, manifest, make_classifier(config))
     evaluate(config)
     assert json.loads((config.run_dir / RESULT).read_text())["split"] == "val"
