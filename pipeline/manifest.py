@@ -1,15 +1,13 @@
 """dataset.json and the index files beside it: what a data set of shards holds, and whether it still does.
 
 The manifest is written last, so a data set that has one is complete. Opening looks at sizes and labels but never hashes big
-files; `verify_dataset` does.
+files; `shardline verify` does.
 """
 
 import dataclasses
 import json
 import math
-import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DataError
-from pipeline.files import digest_of, sha256_of, write_json
+from pipeline.files import digest_of, write_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
@@ -147,6 +145,13 @@ class DatasetManifest:
 
 def load_dataset(folder: Path) -> DatasetManifest:
     """Read a data set's manifest and see that its files are there in full size. Raises DataError."""
+    manifest = read_manifest(folder)
+    _require_files(manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> DatasetManifest:
+    """Read a data set's manifest, whatever became of its files. Raises DataError."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise DataError(f"{folder}: no data set there (no {MANIFEST_NAME}). Make it with `shardline shard`.")
@@ -167,7 +172,6 @@ def load_dataset(folder: Path) -> DatasetManifest:
         raise DataError(f"{path}: not a data set manifest ({error}). Rebuild it with `shardline shard --fresh`.") from error
     if manifest.digest != digest_of(manifest.content()):
         raise DataError(f"{path}: was edited: its digest does not fit its content. Rebuild it with `shardline shard --fresh`.")
-    _require_files(manifest)
     return manifest
 
 
@@ -249,89 +253,3 @@ def require_labels(manifest: DatasetManifest, split_name: str) -> None:
                 f"{labels[outside[0]]}, outside the {num_classes} classes (0 to {num_classes - 1}). "
                 "Correct its label and rebuild with `shardline shard --fresh`."
             )
-
-
-# ---- verifying a whole data set ----
-
-
-def verify_dataset(manifest: DatasetManifest) -> Iterator[tuple[str, list[str]]]:
-    """Hash every file and read every tar header; yield (file name, defects found in it)."""
-    for split_name, split in manifest.splits.items():
-        index_path = manifest.folder / split.index.name
-        defects = []
-        if sha256_of(index_path) != split.index.sha256:
-            defects.append(f"{index_path}: its sha256 is not the manifest's.")
-        rows = None
-        try:
-            rows = open_index(manifest, split_name)
-            require_labels(manifest, split_name)
-        except DataError as error:
-            defects.append(str(error))
-        yield split.index.name, defects
-        for number, shard in enumerate(split.shards):
-            expected = rows[rows["shard"] == number] if rows is not None else None
-            yield shard.name, _verify_shard(manifest, shard, expected)
-
-
-def _verify_shard(manifest: DatasetManifest, shard: ShardEntry, rows: Index | None) -> list[str]:
-    path = manifest.folder / shard.name
-    defects = []
-    if sha256_of(path) != shard.sha256:
-        defects.append(f"{path}: its sha256 is not the manifest's.")
-    try:
-        found = list(read_shard_rows(path))
-    except (DataError, tarfile.TarError) as error:
-        return [*defects, f"{path}: cannot be read as a shard: {error}"]
-    num_classes = len(manifest.class_names)
-    defects += [
-        f"{path}: sample {key} has label {label}, outside the {num_classes} classes."
-        for key, _, _, label in found
-        if not 0 <= label < num_classes
-    ]
-    if len(found) != shard.num_samples:
-        defects.append(f"{path}: holds {len(found)} samples but the manifest says {shard.num_samples}.")
-    elif rows is not None:
-        for (key, *in_tar), row in zip(found, rows, strict=False):
-            if in_tar != [int(row["offset"]), int(row["size"]), int(row["label"])]:
-                defects.append(f"{path}: sample {key} is not where or what the index says.")
-    return defects
-
-
-def read_shard_rows(path: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Yield (key, offset, size, label) of each sample of a WebDataset tar, by its headers and `.cls` members.
-
-    A sample is a run of members with one key: the name up to the first dot after the last slash.
-    """
-    with tarfile.open(path, mode="r:") as tar:
-        key, image, label = "", None, None
-        for member in tar:
-            if not member.isreg():
-                continue
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            member_key = f"{folder}/{stem}" if folder else stem
-            if member_key != key:
-                if key:
-                    yield _sample(path, key, image, label)
-                key, image, label = member_key, None, None
-            if extension.lower() in IMAGE_EXTENSIONS:
-                image = (member.offset_data, member.size)
-            elif extension.lower() == "cls":
-                label = _read_label(path, tar, member)
-        if key:
-            yield _sample(path, key, image, label)
-
-
-def _read_label(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
-    content = tar.extractfile(member)
-    text = content.read(32) if content else b""
-    try:
-        return int(text)
-    except ValueError as error:
-        raise DataError(f"{path}: {member.name} holds {text!r}, not a class number.") from error
-
-
-def _sample(path: Path, key: str, image: tuple[int, int] | None, label: int | None) -> tuple[str, int, int, int]:
-    if image is None or label is None:
-        raise DataError(f"{path}: sample {key} lacks its {'image' if image is None else '.cls label'}.")
-    return key, image[0], image[1], label

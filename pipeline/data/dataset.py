@@ -17,11 +17,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from pipeline.data.augment import Augmentation, neutral_colour, plain_image, seeded
 from pipeline.data.order import SampleRef
+from pipeline.data.shards import read_key
 from pipeline.errors import DataError
 from pipeline.manifest import DatasetManifest, open_index
 from pipeline.preprocess import PreprocessSpec
-
-TAR_BLOCK_BYTES = 512
 
 
 class BadSample(NamedTuple):
@@ -128,9 +127,8 @@ class ShardDataset(Dataset[Any]):
     def key(self, index: int) -> str:
         """The sample's WebDataset key, read from the tar header before its image."""
         row = self.rows[index]
-        header = self.reader.read(int(row["shard"]), int(row["offset"]) - TAR_BLOCK_BYTES, TAR_BLOCK_BYTES)
-        name = header[:100].split(b"\0", 1)[0].decode("utf-8", errors="replace")
-        return name.split(".", 1)[0]
+        shard = int(row["shard"])
+        return read_key(lambda offset, size: self.reader.read(shard, offset, size), int(row["offset"]))
 
     def image(self, index: int, epoch: int = 0) -> torch.Tensor:
         """The decoded, in training augmented, image of a sample: uint8 (3, H, W). Raises DataError."""

@@ -12,6 +12,11 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import IMAGE_EXTENSIONS, DatasetManifest
 
 RawLabel = int | str
+# Said where somebody chooses to train on shards without an index, and again by each such training.
+TRADE_OFFS = (
+    "its shards have no index: an epoch is `data.steps_per_epoch` steps of a shuffled stream, in which a sample may come twice "
+    "or not at all, and a resumed run goes on with other samples"
+)
 
 
 @dataclass(frozen=True)
@@ -25,19 +30,24 @@ class SampleRule:
     @classmethod
     def of(cls, manifest: DatasetManifest) -> "SampleRule":
         """The rule by which a data set was made; that of our own shards unless it says another."""
+        own = "json:labels" if manifest.task == "multi" else "cls"
         preparation = manifest.preparation
-        return cls(preparation.get("label", "cls"), preparation.get("image", ""), tuple(manifest.class_names))
+        return cls(preparation.get("label", own), preparation.get("image", ""), tuple(manifest.class_names))
 
     def read(self, members: Mapping[str, Any]) -> tuple[bytes, int]:
         """The encoded image and the class number of a sample, given the bytes of its members by extension. Raises DataError."""
         image = next((members[extension] for extension in self.image_extensions if extension in members), None)
         if image is None:
             raise DataError(f"has no image ({', '.join(self.image_extensions)})")
-        extension = self.label.partition(":")[0]
-        if extension not in members:
-            raise DataError(f"has no .{extension} label")
-        (first, *_) = raw_labels(self.label, members[extension]) or [""]
+        if self.label_extension not in members:
+            raise DataError(f"has no .{self.label_extension} label")
+        (first, *_) = raw_labels(self.label, members[self.label_extension]) or [""]
         return image, self.class_number(first)
+
+    @property
+    def label_extension(self) -> str:
+        """Extension of the member that holds the label."""
+        return self.label.partition(":")[0]
 
     @property
     def image_extensions(self) -> tuple[str, ...]:

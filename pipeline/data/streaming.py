@@ -28,11 +28,6 @@ from pipeline.errors import DataError, RunError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 
-TRADE_OFFS = (
-    "its shards have no index: an epoch is `data.steps_per_epoch` steps of a shuffled stream, in which a sample may come twice "
-    "or not at all, and a resumed run goes on with other samples"
-)
-
 
 class StreamDataset(IterableDataset[Batch]):
     """An endless stream of local batches of one rank.
@@ -52,7 +47,7 @@ class StreamDataset(IterableDataset[Batch]):
         rank: int,
         world_size: int,
     ) -> None:
-        self.urls = manifest.streams["train"]
+        self.urls = [name if "://" in name else str(manifest.folder / name) for name in manifest.streams["train"]]
         self.rule = SampleRule.of(manifest)
         self.spec, self.augmentation, self.seed = spec, augmentation, seed
         self.shuffle_buffer = config.shuffle_buffer

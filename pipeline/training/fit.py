@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.order import training_steps_per_epoch
-from pipeline.data.streaming import TRADE_OFFS
+from pipeline.data.labels import TRADE_OFFS
 from pipeline.errors import RunError, StoppedError
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset

@@ -1,8 +1,5 @@
 import dataclasses
-import io
 import json
-import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,8 @@ from pipeline.manifest import (
     ImageStats,
     load_dataset,
     open_index,
-    read_shard_rows,
     read_versioned_json,
     require_labels,
-    verify_dataset,
 )
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -188,106 +183,3 @@ def test_a_label_outside_the_classes_is_refused_with_its_sample(label: int, copi
     manifest = relabel(copied_dataset, "val", labels=[0, label])
     with pytest.raises(DataError, match=rf"val\.index\.npy: sample 1 has label {label}, outside the 3 classes \(0 to 2\)"):
         require_labels(manifest, "val")
-
-
-# ---- verifying ----
-
-
-def defects_by_file(manifest: DatasetManifest) -> dict[str, list[str]]:
-    return {name: defects for name, defects in verify_dataset(manifest) if defects}
-
-
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
-
-
-def test_a_whole_data_set_is_verified_file_by_file_without_a_defect(tiny_dataset: DatasetManifest) -> None:
-    names = [name for name, _ in verify_dataset(tiny_dataset)]
-    assert sorted([*names, MANIFEST_NAME]) == sorted(path.name for path in tiny_dataset.folder.iterdir())
-    assert defects_by_file(tiny_dataset) == {}
-
-
-def test_a_flipped_bit_in_an_image_is_found(copied_dataset: DatasetManifest) -> None:
-    row = open_index(copied_dataset, "val")[6]  # the second sample of the second shard
-    flip(copied_dataset.folder / "val-000001.tar", int(row["offset"]) + int(row["size"]) // 2)
-    (defect,) = defects_by_file(copied_dataset).pop("val-000001.tar")
-    assert defect.endswith("val-000001.tar: its sha256 is not the manifest's.")
-
-
-def test_a_flipped_bit_in_a_label_is_found_and_its_sample_named(copied_dataset: DatasetManifest) -> None:
-    path = copied_dataset.folder / "test-000000.tar"
-    with tarfile.open(path) as tar:
-        member = next(member for member in tar if member.name.endswith(".cls"))
-    flip(path, member.offset_data)
-    found = defects_by_file(load_dataset(copied_dataset.folder))
-    assert found.keys() == {"test-000000.tar"}
-    assert any(f"sample {member.name.removesuffix('.cls')} " in defect for defect in found["test-000000.tar"])
-
-
-def test_a_flipped_bit_in_an_index_is_found(copied_dataset: DatasetManifest) -> None:
-    flip(copied_dataset.folder / "train.index.npy", -1)  # the last label's highest byte
-    found = defects_by_file(load_dataset(copied_dataset.folder))
-    assert "its sha256 is not the manifest's" in found["train.index.npy"][0]
-    assert "sample 35 has label" in found["train.index.npy"][1]
-
-
-def test_an_index_that_disagrees_with_its_shards_is_found_though_its_digest_fits(copied_dataset: DatasetManifest) -> None:
-    first = int(open_index(copied_dataset, "val")["label"][0])
-    manifest = relabel(copied_dataset, "val", labels=[(first + 1) % 3])
-    (defect,) = defects_by_file(manifest)["val-000000.tar"]
-    assert "is not where or what the index says" in defect
-
-
-def test_an_empty_index_is_a_defect_and_not_a_crash(copied_dataset: DatasetManifest) -> None:
-    (copied_dataset.folder / "val.index.npy").write_bytes(b"")
-    assert defects_by_file(copied_dataset).keys() == {"val.index.npy"}
-
-
-# ---- reading the headers of any WebDataset tar ----
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def test_a_sample_is_a_run_of_members_with_one_key(tmp_path: Path) -> None:
-    members = {
-        "v1.0/a.JPEG": b"image a",
-        "v1.0/a.json": b"{}",
-        "v1.0/a.cls": b" 2\n",
-        "b.cls": b"0",
-        "b.mask.png": b"not the image",
-        "b.png": b"image b",
-    }
-    path = write_tar(tmp_path / "any.tar", members)
-    rows = list(read_shard_rows(path))
-    assert [(key, label) for key, _, _, label in rows] == [("v1.0/a", 2), ("b", 0)]
-    content = path.read_bytes()
-    assert [content[offset : offset + size] for _, offset, size, _ in rows] == [b"image a", b"image b"]
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ({"a.jpg": b"x", "b.jpg": b"x", "b.cls": b"1"}, r"any\.tar: sample a lacks its \.cls label"),
-        ({"a.cls": b"1"}, r"any\.tar: sample a lacks its image"),
-        ({"a.jpg": b"x", "a.cls": b"cat"}, r"any\.tar: a\.cls holds b'cat', not a class number"),
-    ],
-)
-def test_a_sample_that_is_not_whole_is_reported_by_shard_and_key(
-    members: dict[str, bytes], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match=message):
-        list(read_shard_rows(write_tar(tmp_path / "any.tar", members)))
-
-
-def test_a_data_set_can_be_moved(copied_dataset: DatasetManifest, tmp_path: Path) -> None:
-    moved = shutil.move(copied_dataset.folder, tmp_path / "moved")
-    assert load_dataset(Path(moved)).digest == copied_dataset.digest
