@@ -468,5 +468,8 @@ def _require_sane(config: Config) -> None:
             raise ConfigError(f"`{key}` is {value}; it must be {allowed}.")
     if config.dataset.val_fraction + config.dataset.test_fraction >= 1:
         raise ConfigError("`dataset.val_fraction` and `dataset.test_fraction` leave nothing to train on.")
+    background = config.dataset.background
+    if len(background) != 3 or any(not 0 <= level <= 255 for level in background):
+        raise ConfigError(f"`dataset.background` is {background}; it must be three numbers from 0 to 255: [red, green, blue].")
     if not config.name or config.name != Path(config.name).name or config.name.startswith("."):
         raise ConfigError(f"`name` is '{config.name}'; it must be a plain folder name.")

@@ -49,9 +49,12 @@ def fsync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def temporary_name(path: Path) -> Path:
-    """The name under which `path` is written before it is renamed; a reader never looks there."""
-    return path.with_name(f".{path.name}.tmp")
+def temporary_name(path: Path, owner: str = "") -> Path:
+    """The name under which `path` is written before it is renamed; a reader never looks there.
+
+    `owner` keeps jobs apart that may write the same file at the same time.
+    """
+    return path.with_name(f".{path.name}.{owner}.tmp" if owner else f".{path.name}.tmp")
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -61,10 +64,10 @@ def publish(temporary: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, owner: str = "") -> None:
     """Write a whole file under a temporary name, then rename it. The temporary file is gone if anything fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    temporary = temporary_name(path, owner)
     try:
         temporary.write_bytes(content)
         publish(temporary, path)
@@ -86,23 +89,25 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def move_aside(path: Path) -> Path:
-    """Rename `path` to a name with a time stamp and return that name; nothing is ever deleted."""
+def move_aside(path: Path, like: Path | None = None) -> Path:
+    """Rename `path` to its own name (or that of `like`) with a time stamp and return that name; nothing is ever deleted."""
+    like = like or path
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    target = path.with_name(f"{path.name}.{stamp}")
+    target = like.with_name(f"{like.name}.{stamp}")
     number = 1
     while target.exists():
         number += 1
-        target = path.with_name(f"{path.name}.{stamp}-{number}")
+        target = like.with_name(f"{like.name}.{stamp}-{number}")
     path.rename(target)
     return target
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait_seconds: float = 0.0) -> Iterator[None]:
+def locked(path: Path, wait_seconds: float = 0.0, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of the folder `path` (a `.NAME.lock` file beside it) until the block ends or this process dies.
 
-    Raises RunError when another process still holds it after `wait_seconds`.
+    Several jobs may hold it at once if all of them do so `shared`. Raises RunError when another process still holds it
+    after `wait_seconds`.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +115,7 @@ def locked(path: Path, wait_seconds: float = 0.0) -> Iterator[None]:
     descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     deadline = time.monotonic() + wait_seconds
     try:
-        while not _try_lock(descriptor):
+        while not _try_lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             if time.monotonic() >= deadline:
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                 raise RunError(
@@ -125,9 +130,9 @@ def locked(path: Path, wait_seconds: float = 0.0) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, kind: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -4,12 +4,14 @@ Processes are forked, so a task may be any callable, and what it holds is not co
 miss: a worker must end with its parent however that ends, or it goes on writing beside the next run.
 """
 
+import contextlib
 import itertools
 import math
 import multiprocessing
 import os
 import pickle
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -40,7 +42,7 @@ def default_workers() -> int:
 class SharedCounter:
     """A number that forked processes add to and the one that made it watches.
 
-    `watch` is called there with the number, at each addition and whenever somebody looks.
+    `watch` is called there with the number, a few times a second and whenever somebody looks.
     """
 
     def __init__(self, watch: Callable[[int], None]) -> None:
@@ -49,21 +51,22 @@ class SharedCounter:
         self._owner = os.getpid()
         self._watch = watch
         self._total = 0
+        self._next_look = 0.0
 
     def add(self, number: int = 1) -> None:
         """Count `number` more, in any process."""
         if os.getpid() == self._owner:
             self._total += number
-            self._watch(self._total)
+            if time.monotonic() >= self._next_look:
+                self.look()
         elif number:
             os.eventfd_write(self._descriptor, number)
 
     def look(self) -> None:
         """Gather what other processes counted."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             self._total += os.eventfd_read(self._descriptor)
-        except BlockingIOError:
-            return
+        self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
         self._watch(self._total)
 
     def close(self) -> None:

@@ -1,269 +1,368 @@
 """Writes a data set of shards: split, order and bytes depend on the images and the seed alone.
 
-Everything is written into DATASET/.partial and renamed at the end, dataset.json last, so that no crash, full disk or bad image
-leaves anything half-written under a final name.
+The source is listed, its images are hashed, shared out and packed, each step in pieces that are files in DATASET/.partial. A
+piece that is there need not be made again, whoever made it: an interrupted run goes on, and several machines can write one data
+set. Nothing has a final name before everything is complete, and dataset.json comes last.
 """
 
-import datetime
-import hashlib
-import io
-import math
-import re
-import shutil
-import tarfile
+import contextlib
+import errno
+import os
+import sqlite3
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
-
-import pipeline
 from pipeline.config import DatasetConfig
-from pipeline.console import say, track
-from pipeline.data.sources import ImageSource, LabelledImage, open_source
-from pipeline.errors import DataError, explain_os_error
-from pipeline.files import fsync_file, fsync_folder, move_aside, sha256_of
-from pipeline.manifest import (
-    INDEX_ROW,
-    MANIFEST_NAME,
-    DatasetManifest,
-    ImageStats,
-    IndexEntry,
-    ShardEntry,
-    SplitEntry,
-    load_dataset,
-    read_shard_rows,
-)
-from pipeline.preprocess import WHITE, open_image
+from pipeline.console import progress, say
+from pipeline.data.assemble import assemble, move_earlier_out, publish_dataset
+from pipeline.data.encode import Encoder
+from pipeline.data.hashing import hash_images, read_contents
+from pipeline.data.listing import Fingerprint, Listing
+from pipeline.data.pack import Packer, ShardJob
+from pipeline.data.parallel import SharedCounter, default_workers, run_parallel
+from pipeline.data.partial import OWN_NAMES, Partial, Plan, Share
+from pipeline.data.plan import Layout, ShardPlan, plan_layout
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.errors import DataError, RunError, explain_os_error
+from pipeline.files import digest_of, locked
+from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset
 
-PARTIAL = ".partial"
-OWN_NAMES = re.compile(rf"(train|val|test)(-\d{{6}}\.tar|\.index\.npy)|{re.escape(PARTIAL)}|\.{MANIFEST_NAME}\.tmp")
-BAD_IMAGES_NAMED = 3
-
-
-@dataclass
-class PixelSums:
-    """Running sums over the pixels of images, each channel apart, for mean and standard deviation."""
-
-    count: int
-    total: npt.NDArray[np.float64]  # (3,)
-    squares: npt.NDArray[np.float64]  # (3,)
-
-    @classmethod
-    def empty(cls) -> "PixelSums":
-        """Sums over no pixel."""
-        return cls(0, np.zeros(3), np.zeros(3))
-
-    def add(self, image: Image.Image) -> None:
-        """Add every pixel of an RGB image."""
-        # Integer sums are exact, so the statistics do not depend on the order of images.
-        pixels = np.asarray(image, dtype=np.int64).reshape(-1, 3)
-        self.count += len(pixels)
-        self.total += pixels.sum(axis=0)
-        self.squares += (pixels * pixels).sum(axis=0)
-
-    def stats(self, split: str) -> ImageStats:
-        """Mean and standard deviation of pixels scaled to 0..1; a constant channel gets 1/255 to divide by."""
-        mean = self.total / self.count
-        std = np.sqrt(np.maximum(self.squares / self.count - mean * mean, 1.0))
-        return ImageStats(split, [round(float(m), 6) for m in mean / 255], [round(float(s), 6) for s in std / 255])
+# With --trust the statistics are of at most so many images, evenly spread over the shuffled training split: their error is
+# a hundredth of the range, and decoding them costs next to nothing.
+TRUSTED_STATISTICS = 500
+IMAGES_WORTH_A_WORKER = 200
+SECONDS_FOR_OTHERS = 30.0
 
 
-def preparation_of(config: DatasetConfig, kind: str) -> dict[str, object]:
+def preparation_of(config: DatasetConfig, kind: str, *, trust: bool = False) -> dict[str, Any]:
     """What decides the shards besides the images: part of the data set's digest."""
-    return {
+    preparation: dict[str, Any] = {
         "source": kind,
+        "class_level": config.class_level,
         "seed": config.split_seed,
         "fractions": {"val": config.val_fraction, "test": config.test_fraction},
         "samples_per_shard": config.samples_per_shard,
         "jpeg_quality": config.jpeg_quality,
+        "keep_format": config.keep_format,
+        "max_side": config.max_side,
+        "background": config.background,
     }
+    if trust:
+        preparation["trust"] = {"statistics_of_at_most": TRUSTED_STATISTICS}
+    return preparation
 
 
-def prepare_dataset(config: DatasetConfig, folder: Path, *, fresh: bool = False) -> tuple[DatasetManifest, bool]:
+def prepare_dataset(
+    config: DatasetConfig, folder: Path, *, fresh: bool = False, workers: int | None = None, trust: bool = False
+) -> tuple[DatasetManifest, bool]:
     """Return the data set of this configuration in `folder`, and whether it had to be written.
 
-    One that was made otherwise, or any when `fresh`, is moved aside. Raises DataError for a damaged one, and when something
-    else than a data set lies there. The caller holds the folder's lock.
+    One that was made otherwise, or any when `fresh`, is moved aside once the new one is complete. Raises DataError for a
+    damaged one, and when something else than a data set lies there. The caller holds the folder's lock.
     """
-    source = open_source(config.source)
+    if not fresh and (manifest := _up_to_date(config, folder)):
+        _remove_what_is_left(Partial(folder), manifest)
+        return manifest, False
+    with contextlib.closing(open_source(config)) as source:
+        _require_own(folder)
+        if fresh:
+            with _explained(folder):
+                _start_over(Partial(folder))
+        if (folder / MANIFEST_NAME).is_file():
+            say(f"{folder}: {'--fresh was given' if fresh else 'the images or the settings of `dataset` changed'}")
+        return write_dataset(source, config, folder, workers=workers, trust=trust), True
+
+
+def write_dataset(
+    source: ImageSource, config: DatasetConfig, folder: Path, *, workers: int | None = None, trust: bool = False
+) -> DatasetManifest:
+    """Write all splits of `source` into `folder` and return the manifest. Goes on where an interrupted run stopped.
+
+    Raises DataError when too many images cannot be decoded; what was done is kept.
+    """
+    partial = Partial(folder)
+    with _explained(folder), Listing(partial.root / "images.sqlite") as listing:
+        plan = _list(listing, source, config, trust)
+        _agree(partial, plan)
+        partial.remove_temporary()
+        if not (partial.ready_dir / MANIFEST_NAME).exists():
+            work = _Work(source, config, partial, plan, listing, Share(), workers)
+            layout = work.hash_and_plan()
+            work.write_shards(layout)
+            _assemble(partial, plan, layout, config)
+        return publish_dataset(partial)
+
+
+@dataclass(frozen=True)
+class PartOutcome:
+    """How far a data set that several jobs write has come: shards there, and those missing by part."""
+
+    num_shards: int
+    missing: dict[int, int]  # part -> shards
+
+    @property
+    def num_done(self) -> int:
+        """Shards that are there."""
+        return self.num_shards - sum(self.missing.values())
+
+
+def write_part(
+    config: DatasetConfig, folder: Path, part: int, num_parts: int, *, workers: int | None = None, trust: bool = False
+) -> PartOutcome | None:
+    """Write the shards of job `part` of `num_parts`, counted from 1, into `folder`, which all share; None if none is needed.
+
+    Nobody waits for another. Raises RunError when this part, the whole data set or parts of other images are being written.
+    """
+    if _up_to_date(config, folder):
+        return None
+    share = Share(part, num_parts)
+    partial = Partial(folder, share.owner)
+    with contextlib.closing(open_source(config)) as source:
+        _require_own(folder)
+        while True:
+            with (
+                _explained(folder),
+                locked(folder, shared=True),
+                locked(partial.root / share.owner),
+                Listing(partial.root / f"images-{share.owner}.sqlite") as listing,
+            ):
+                plan = _list(listing, source, config, trust)
+                if _agree_with_others(partial, plan):
+                    partial.remove_temporary()
+                    work = _Work(source, config, partial, plan, listing, share, workers)
+                    layout = work.hash_and_plan()
+                    work.write_shards(layout)
+                    return _outcome(partial, layout.shards(config.samples_per_shard), num_parts)
+            _take_over(partial, plan)
+
+
+def merge_parts(config: DatasetConfig, folder: Path) -> tuple[DatasetManifest, bool]:
+    """Complete a data set whose shards were written in parts; also whether there was anything to do. The caller holds the lock.
+
+    Raises DataError naming the parts that are missing.
+    """
+    partial = Partial(folder)
+    plan = partial.read_plan()
+    if plan is None:
+        if (folder / MANIFEST_NAME).is_file():
+            return load_dataset(folder), False
+        raise DataError(f"{folder}: no part of a data set is there. Run `shardline shard --part 1/N` to `--part N/N` first.")
+    wanted = preparation_of(config, plan.preparation["source"], trust="trust" in plan.preparation)
+    if (wanted, config.source) != (plan.preparation, plan.source):
+        raise DataError(
+            f"{folder}: its parts were made with other settings of `dataset`. Merge with the settings of the parts."
+        )
+    with _explained(folder):
+        if not (partial.ready_dir / MANIFEST_NAME).exists():
+            layout = partial.read_layout()
+            _require_all_parts(partial, layout, config.samples_per_shard)
+            assert layout is not None
+            partial.remove_temporary()
+            _assemble(partial, plan, layout, config)
+        return publish_dataset(partial), True
+
+
+# ---- the steps ----
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One job's work on a data set that is agreed upon."""
+
+    source: ImageSource
+    config: DatasetConfig
+    partial: Partial
+    plan: Plan
+    listing: Listing
+    share: Share
+    workers: int | None
+
+    @property
+    def encoder(self) -> Encoder:
+        return Encoder(self.config, trust="trust" in self.plan.preparation)
+
+    @property
+    def num_workers(self) -> int:
+        """Processes; a small data set is written sooner than they would start."""
+        return self.workers or min(default_workers(), 1 + self.listing.num_images // IMAGES_WORTH_A_WORKER)
+
+    def hash_and_plan(self) -> Layout:
+        """Hash what is not yet hashed and say which shards there are to be."""
+        layout = self.partial.read_layout()
+        if layout is not None and not self.missing(layout):
+            return layout
+        hash_images(self.listing, self.source, self.encoder, self.partial, self.share, self.num_workers)
+        self.listing.set_contents(read_contents(self.partial, self.listing.num_chunks))
+        layout = plan_layout(self.listing, self.config, self.plan.class_names)
+        self.partial.write_layout(layout)
+        return layout
+
+    def missing(self, layout: Layout) -> list[ShardPlan]:
+        """Those shards of this job that are not yet there."""
+        shards = layout.shards(self.config.samples_per_shard)
+        return [shard for shard in shards if self.share.has(shard.number) and not self.partial.read_sidecar(shard.name)]
+
+    def write_shards(self, layout: Layout) -> None:
+        """Write this job's shards that are not yet there."""
+        shards = self.missing(layout)
+        if not shards:
+            return
+        total = sum(shard.count for shard in layout.shards(self.config.samples_per_shard) if self.share.has(shard.number))
+        already = total - sum(shard.count for shard in shards)
+        stats_every = 1 + (layout.num_images["train"] - 1) // TRUSTED_STATISTICS if self.encoder.trust else 1
+        jobs = (ShardJob(shard, self.listing.placed(shard.first_of_all, shard.count)) for shard in shards)
+        with progress("write", total, already=already) as show:
+            counter = SharedCounter(lambda number: show(already + number))
+            packer = Packer(self.source, self.encoder, self.partial, self.plan.task, stats_every, counter)
+            for _ in run_parallel(packer.write, jobs, self.num_workers, counter.look):
+                pass
+            counter.look()
+            counter.close()
+
+
+def _list(listing: Listing, source: ImageSource, config: DatasetConfig, trust: bool) -> Plan:
+    fingerprint = _complete(listing.fill(source.images()), source)
+    preparation = preparation_of(config, source.kind, trust=trust)
+    return Plan(preparation, fingerprint, config.source, source.class_names, source.task, source.num_ignored)
+
+
+def _complete(fingerprint: str, source: ImageSource) -> str:
+    return digest_of([fingerprint, source.class_names, source.task])
+
+
+def _assemble(partial: Partial, plan: Plan, layout: Layout, config: DatasetConfig) -> None:
+    for note in layout.notes:
+        say(note)
+    assemble(partial, plan, layout, config.max_rejected)
+
+
+def _outcome(partial: Partial, shards: list[ShardPlan], num_parts: int) -> PartOutcome:
+    missing: dict[int, int] = {}
+    for shard in shards:
+        if partial.read_sidecar(shard.name) is None:
+            part = shard.number % num_parts + 1
+            missing[part] = missing.get(part, 0) + 1
+    return PartOutcome(len(shards), dict(sorted(missing.items())))
+
+
+def _require_all_parts(partial: Partial, layout: Layout | None, samples_per_shard: int) -> None:
+    num_parts = partial.num_parts()
+    if layout is None:
+        raise DataError(
+            f"{partial.folder}: no part has hashed all images yet. Run `shardline shard --part 1/{num_parts}` to the end."
+        )
+    outcome = _outcome(partial, layout.shards(samples_per_shard), num_parts)
+    if outcome.missing:
+        parts = ", ".join(f"{part}/{num_parts} ({number} shards)" for part, number in outcome.missing.items())
+        raise DataError(
+            f"{partial.folder}: {outcome.num_done} of {outcome.num_shards} shards are there. Missing: part {parts}. "
+            "Run `shardline shard --part` for each of them, then merge."
+        )
+
+
+# ---- what is there already ----
+
+
+def _up_to_date(config: DatasetConfig, folder: Path) -> DatasetManifest | None:
+    """The data set in `folder`, if it is the one that this configuration would write."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    manifest = load_dataset(folder)
+    with contextlib.closing(open_source(config)) as source:
+        wanted = preparation_of(config, source.kind)
+        # Images that were not decoded when they were written are the same images.
+        found = {key: value for key, value in manifest.preparation.items() if key != "trust"}
+        if found != wanted:
+            return None
+        fingerprint = Fingerprint()
+        for image in source.images():
+            fingerprint.add(image)
+        return manifest if manifest.info["source_fingerprint"] == _complete(fingerprint.hexdigest(), source) else None
+
+
+def _remove_what_is_left(partial: Partial, manifest: DatasetManifest) -> None:
+    """Finish a run that was killed when all but the removal of its own files was done."""
+    if partial.root.exists():
+        plan = partial.read_plan()
+        if plan is None or plan.fingerprint == manifest.info["source_fingerprint"]:
+            partial.remove()
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse to write where a data set could not be put into its place in the end."""
     if (folder / MANIFEST_NAME).is_file():
-        if not fresh:
-            manifest = load_dataset(folder)
-            wanted = (preparation_of(config, source.kind), source.fingerprint)
-            if (manifest.preparation, manifest.info["source_fingerprint"]) == wanted:
-                return manifest, False
-        say(f"{folder}: {'--fresh was given' if fresh else 'the images or the settings of `dataset` changed'}")
+        if folder.is_mount():
+            raise DataError(
+                f"{folder}: is a mount point, so the data set in it cannot be moved aside. Use a folder below it: "
+                f"--dataset.path {folder}/NAME."
+            )
     elif folder.is_dir():
         foreign = sorted(path.name for path in folder.iterdir() if not OWN_NAMES.fullmatch(path.name))
         if foreign:
             raise DataError(f"{folder}: is not a data set but holds {foreign[0]}. Choose another --dataset.path.")
-    return write_dataset(source, config, folder), True
 
 
-def split_images(source: ImageSource, config: DatasetConfig) -> dict[str, list[LabelledImage]]:
-    """Share each class between the splits in proportion, by a hash of (seed, name): stable when images are added.
+def _agree(partial: Partial, plan: Plan) -> None:
+    """See to it that the files in `partial` belong to `plan`; remove them if they do not. The caller is alone there."""
+    found = partial.read_plan()
+    if found is not None and found.is_same(plan):
+        say(f"{partial.folder}: going on with what an interrupted run has done")
+        return
+    if found is not None:
+        say(f"{partial.folder}: the images or the settings of `dataset` changed since a run was interrupted; starting over")
+    _start_over(partial)
+    partial.write_plan(plan)
 
-    Each split comes in the order of another hash, which is the order inside its shards. Raises DataError for a class that is
-    too small for its share in every split.
-    """
-    splits: dict[str, list[LabelledImage]] = {"train": [], "val": [], "test": []}
-    for label, class_name in enumerate(source.class_names):
-        members = [image for image in source.images if image.label == label]
-        members.sort(key=lambda image: _hash(config.split_seed, "split", image.name))
-        num_test = _share(len(members), config.test_fraction)
-        num_val = _share(len(members), config.val_fraction)
-        if len(members) - num_test - num_val < 1:
-            raise DataError(
-                f"class `{class_name}` has {len(members)} images, too few for a share in every split. "
-                "Add images, remove the class, or lower `dataset.val_fraction` and `dataset.test_fraction`."
+
+def _agree_with_others(partial: Partial, plan: Plan) -> bool:
+    """Whether the files in `partial` belong to `plan`, which the first part to come writes down."""
+    with locked(partial.root / "plan", wait_seconds=SECONDS_FOR_OTHERS):
+        found = partial.read_plan()
+        if found is None:
+            partial.wipe()
+            partial.write_plan(plan)
+        return found is None or found.is_same(plan)
+
+
+def _take_over(partial: Partial, plan: Plan) -> None:
+    """Remove the work on another plan once nobody does it any more, unless somebody else has just done so."""
+    deadline = time.monotonic() + SECONDS_FOR_OTHERS
+    while True:
+        with contextlib.suppress(RunError), locked(partial.folder):
+            _agree(partial, plan)
+            return
+        found = partial.read_plan()
+        if found is not None and found.is_same(plan):
+            return
+        if time.monotonic() >= deadline:
+            raise RunError(
+                f"{partial.folder}: other parts are being written from other images or settings of `dataset`. "
+                "Let all parts see the same images and settings, or stop the others first."
             )
-        splits["test"] += members[:num_test]
-        splits["val"] += members[num_test : num_test + num_val]
-        splits["train"] += members[num_test + num_val :]
-    for images in splits.values():
-        images.sort(key=lambda image: _hash(config.split_seed, "order", image.name))
-    return {name: images for name, images in splits.items() if images}
+        time.sleep(0.5)
 
 
-def _share(number: int, fraction: float) -> int:
-    # 25 * 0.28 is 7.000000000000001, which is meant to be 7.
-    return math.ceil(round(number * fraction, 9))
+def _start_over(partial: Partial) -> None:
+    if partial.earlier_dir.exists():
+        move_earlier_out(partial)
+    partial.wipe()
 
 
-def _hash(seed: int, purpose: str, name: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{purpose}/{name}".encode(errors="surrogateescape")).digest()
-
-
-def write_dataset(source: ImageSource, config: DatasetConfig, folder: Path) -> DatasetManifest:
-    """Write all splits of `source` into `folder` and return the manifest. Raises DataError naming undecodable images."""
-    splits = split_images(source, config)
-    partial = folder / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one clear line."""
     try:
-        writer = SplitWriter(partial, config, num_images=len(source.images))
-        images = track(writer.write(splits, len(source.class_names)), "shard", len(source.images))
-        for _ in images:
-            pass
-        if writer.bad_images:
-            raise DataError(_describe_bad(writer.bad_images))
-        manifest = DatasetManifest(
-            task="single",
-            class_names=source.class_names,
-            splits=writer.entries,
-            image_stats=writer.sums.stats("train"),
-            preparation=preparation_of(config, source.kind),
-            info={
-                "source": config.source,
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "source_fingerprint": source.fingerprint,
-                "num_ignored": source.num_ignored,
-                "tool_version": pipeline.__version__,
-            },
-            digest="",
-            folder=partial,
-        ).save()
-        _publish(partial, folder)
-        return replace(manifest, folder=folder)
+        yield
     except OSError as error:
         raise explain_os_error(error, doing=str(folder)) or error from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Give a complete data set in FOLDER/.partial its place; the one that is there is kept under another name."""
-    if (folder / MANIFEST_NAME).is_file():
-        aside = move_aside(folder)
-        say(f"the earlier data set is kept as {aside}")
-        (aside / PARTIAL).rename(folder)
-        fsync_folder(folder.parent)
-        return
-    for leftover in folder.iterdir():  # of a process that was killed between the lines below
-        if leftover != partial:
-            leftover.unlink()
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
-        path.rename(folder / path.name)
-    fsync_folder(folder)
-
-
-def _describe_bad(bad_images: list[str]) -> str:
-    named = "; ".join(bad_images[:BAD_IMAGES_NAMED])
-    more = len(bad_images) - BAD_IMAGES_NAMED
-    rest = f"; and {more} more" if more > 0 else ""
-    number = "1 image" if len(bad_images) == 1 else f"{len(bad_images)} images"
-    return f"{number} cannot be decoded: {named}{rest}. Replace or remove and run again; nothing was written."
-
-
-class SplitWriter:
-    """Writes splits one shard at a time and gathers what the manifest says of them."""
-
-    def __init__(self, folder: Path, config: DatasetConfig, num_images: int) -> None:
-        self.folder, self.config, self.num_images = folder, config, num_images
-        self.entries: dict[str, SplitEntry] = {}
-        self.bad_images: list[str] = []
-        self.sums = PixelSums.empty()
-
-    def write(self, splits: dict[str, list[LabelledImage]], num_classes: int) -> Iterator[LabelledImage]:
-        """Write every split, yielding each image once it is packed."""
-        for split, images in splits.items():
-            shards: list[ShardEntry] = []
-            rows: list[tuple[int, int, int, int]] = []
-            for first in range(0, len(images), self.config.samples_per_shard):
-                path = self.folder / f"{split}-{len(shards):06d}.tar"
-                yield from self._write_shard(path, split, images[first : first + self.config.samples_per_shard], first)
-                if self.bad_images:
-                    continue  # the data set will be refused; go on only to name every bad image
-                found = list(read_shard_rows(path))
-                rows += [(len(shards), offset, size, label) for _, offset, size, label in found]
-                shards.append(ShardEntry(path.name, len(found), path.stat().st_size, sha256_of(path)))
-            table = np.array(rows, dtype=INDEX_ROW)
-            index_path = self.folder / f"{split}.index.npy"
-            np.save(index_path, table)
-            fsync_file(index_path)
-            counts = np.bincount(table["label"], minlength=num_classes).tolist()
-            self.entries[split] = SplitEntry(shards, IndexEntry(index_path.name, sha256_of(index_path)), counts)
-
-    def _write_shard(self, path: Path, split: str, images: list[LabelledImage], first: int) -> Iterator[LabelledImage]:
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, image in enumerate(images, start=first):
-                try:
-                    encoded = self._encode(image, split)
-                except DataError as error:
-                    self.bad_images.append(f"{image.name} ({error})")
-                else:
-                    key = f"{number:08d}-{_key_part(image.name)}"
-                    _add_member(tar, f"{key}.jpg", encoded)
-                    _add_member(tar, f"{key}.cls", str(image.label).encode())
-                yield image
-        fsync_file(path)
-
-    def _encode(self, image: LabelledImage, split: str) -> bytes:
-        """Decode fully, then keep a JPEG's bytes and encode anything else as JPEG."""
-        encoded = image.read()
-        decoded = open_image(encoded, WHITE)
-        if not encoded.startswith(b"\xff\xd8"):
-            buffer = io.BytesIO()
-            # Grey stays grey: one channel, and no colour to subsample.
-            grey = Image.open(io.BytesIO(encoded)).mode in ("L", "1")
-            to_save = decoded.convert("L") if grey else decoded
-            to_save.save(buffer, "JPEG", quality=self.config.jpeg_quality, subsampling=0)
-            encoded = buffer.getvalue()
-            decoded = open_image(encoded, WHITE)
-        if split == "train":
-            self.sums.add(decoded)
-        return encoded
-
-
-def _key_part(name: str) -> str:
-    """The file's own name in letters that no WebDataset reader trips over, so that a sample can be traced back."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[:60]
-
-
-def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # mtime 0 and no owner: the same bytes on every machine
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            raise explain_os_error(full) or error from error
+        raise DataError(f"{folder}: cannot keep the list of images there ({error}). Choose another --dataset.path.") from error
+    except KeyboardInterrupt:
+        say(f"{folder}: run the same command again to go on")
+        raise
