@@ -7,6 +7,7 @@ setting can change the trained weights is stated beside it (`identity`): a run w
 import dataclasses
 import math
 import operator
+import os
 import re
 import typing
 from collections.abc import Iterator
@@ -108,6 +109,13 @@ class DataConfig:
     cache_gigabytes: float = setting(100.0, "largest size of that folder", identity=False)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
+    @property
+    def cache_folder(self) -> Path:
+        """Folder of what was fetched of remote data sets."""
+        if self.cache_dir:
+            return Path(self.cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shardline"
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -193,9 +201,19 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
+    def dataset_location(self) -> str:
+        """Folder or URL of the shards."""
+        return self.dataset.path or f"data/{self.name}"
+
+    @property
     def dataset_dir(self) -> Path:
-        """Folder of the shards."""
-        return Path(self.dataset.path or f"data/{self.name}")
+        """Folder of the shards. Raises ConfigError where they are remote: nothing is written there."""
+        if "://" in self.dataset_location:
+            raise ConfigError(
+                f"{self.dataset_location}: shards are written to a local folder. Write them there (--dataset.path FOLDER), "
+                "then upload the folder with your storage's own tool, for example `aws s3 cp --recursive`."
+            )
+        return Path(self.dataset_location)
 
     @property
     def run_dir(self) -> Path:

@@ -5,6 +5,7 @@ files; `shardline verify` does.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections import Counter
@@ -16,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DataError
-from pipeline.files import digest_of, write_json
+from pipeline.files import digest_of, locked, write_bytes, write_json
+from pipeline.remote import fetch, is_url, join, read_all
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
@@ -26,6 +28,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 INDEX_ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 Index = npt.NDArray[np.void]
 ROWS_AT_A_TIME = 1 << 20
+# Other ranks wait while one of them brings the index of a remote data set.
+MIRROR_WAIT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +147,33 @@ class DatasetManifest:
         return manifest
 
 
-def load_dataset(folder: Path) -> DatasetManifest:
-    """Read a data set's manifest and see that its files are there in full size. Raises DataError."""
-    manifest = read_manifest(folder)
+def load_dataset(location: Path | str, cache_folder: Path | None = None) -> DatasetManifest:
+    """Read a data set's manifest and see that its files are there in full size. Raises DataError.
+
+    Of a data set at a URL, manifest and index are brought into `cache_folder`, where `folder` then points; its shards stay.
+    """
+    if isinstance(location, str) and location.startswith("file://"):
+        location = Path(location.removeprefix("file://"))
+    if isinstance(location, str) and is_url(location):
+        assert cache_folder is not None
+        return _load_remote(location, cache_folder / "datasets")
+    manifest = read_manifest(Path(location))
     _require_files(manifest)
+    return manifest
+
+
+def _load_remote(url: str, mirrors: Path) -> DatasetManifest:
+    content = read_all(join(url, MANIFEST_NAME))
+    # A data set that changed gets another mirror, so that old and new never mix.
+    mirror = mirrors / hashlib.sha256(url.encode() + content).hexdigest()[:32]
+    with locked(mirror, wait_seconds=MIRROR_WAIT_SECONDS):
+        if not (mirror / MANIFEST_NAME).is_file():
+            write_bytes(mirror / MANIFEST_NAME, content)
+        manifest = dataclasses.replace(read_manifest(mirror), url=url)
+        for split in manifest.splits.values():
+            for entry in (split.index, split.labels):
+                if entry is not None:
+                    fetch(join(url, entry.name), mirror / entry.name, entry.sha256)
     return manifest
 
 
@@ -195,6 +222,8 @@ def _require_files(manifest: DatasetManifest) -> None:
     for split in manifest.splits.values():
         for shard in split.shards:
             path = manifest.folder / shard.name
+            if is_url(shard.name):
+                continue
             if not path.is_file():
                 raise DataError(f"{path}: shard is missing. Copy it again or rebuild with `shardline shard --fresh`.")
             if path.stat().st_size != shard.num_bytes:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from pipeline.config import DataConfig
 from pipeline.data.augment import build_augmentation
+from pipeline.data.cache import Prefetcher
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.order import GlobalBatchSampler, training_steps_per_epoch
 from pipeline.data.streaming import StreamDataset, StreamLoader
@@ -36,12 +37,24 @@ class ResumableLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.delivered = self.batches.start
+        prefetcher = self._prefetcher()
         try:
             for batch in super().__iter__():
                 self.delivered += 1
                 yield batch
         except ShardlineError as error:
             raise type(error)(_own_message(error)) from None
+        finally:
+            if prefetcher is not None:
+                prefetcher.stop()
+
+    def _prefetcher(self) -> Prefetcher | None:
+        """Fetches the shards of a remote data set ahead of this epoch's batches."""
+        fetcher = cast(ShardDataset, self.dataset).fetcher
+        if fetcher is None:
+            return None
+        begun = self.delivered
+        return Prefetcher(fetcher, self.batches.upcoming_shards(), lambda: (self.delivered - begun) / len(self)).start()
 
     def state_dict(self) -> dict[str, int]:
         """The cursor, and what must be the same for it to mean the same place."""
@@ -84,7 +97,7 @@ class ShardDataModule(L.LightningDataModule):
             stream = StreamDataset(self.manifest, self.spec, self.config, augmentation, seed=self.seed, **self._place())
             steps = training_steps_per_epoch(self.manifest, self.config)
             return StreamLoader(stream, steps, self.config.global_batch_size, **self._options())
-        dataset = ShardDataset(self.manifest, "train", self.spec, augmentation, self.seed)
+        dataset = ShardDataset(self.manifest, "train", self.spec, augmentation, self.seed, self.config)
         # Rank and world size are captured here: a spawned worker could not find them out, and would read everything.
         batches = GlobalBatchSampler.of_training(dataset.shards, self.config, self.seed, **self._place())
         return self._loader(dataset, batches)
@@ -99,7 +112,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def evaluation_loader(self, split_name: str) -> ResumableLoader:
         """Every sample of a split exactly once over all ranks; padding rows weigh 0."""
-        dataset = ShardDataset(self.manifest, split_name, self.spec)
+        dataset = ShardDataset(self.manifest, split_name, self.spec, config=self.config)
         batches = GlobalBatchSampler.of_evaluation(dataset.shards, self.config, **self._place())
         return self._loader(dataset, batches)
 

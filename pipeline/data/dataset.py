@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from pipeline.config import DataConfig
 from pipeline.data.augment import Augmentation, neutral_colour, plain_image, seeded
+from pipeline.data.cache import fetcher_for, open_fetched
 from pipeline.data.order import SampleRef
 from pipeline.data.shards import read_key
 from pipeline.errors import DataError
@@ -72,13 +74,17 @@ class ShardReader:
         if descriptor is None:
             if len(self._descriptors) >= self.max_open:
                 os.close(self._descriptors.popitem(last=False)[1])
-            try:
-                path = self.paths[shard] if self.fetch is None else self.fetch(shard)
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError as error:
-                raise DataError(f"{self.paths[shard]}: shard is missing. Rebuild with `shardline shard --fresh`.") from error
+            descriptor = self._open(shard)
         self._descriptors[shard] = descriptor
         return descriptor
+
+    def _open(self, shard: int) -> int:
+        if self.fetch is not None:
+            return open_fetched(self.fetch, shard)
+        try:
+            return os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.paths[shard]}: shard is missing. Rebuild with `shardline shard --fresh`.") from error
 
 
 class ShardDataset(Dataset[Any]):
@@ -94,12 +100,16 @@ class ShardDataset(Dataset[Any]):
         spec: PreprocessSpec,
         augmentation: Augmentation | None = None,
         seed: int = 0,
-        fetch: Callable[[int], Path] | None = None,
+        config: DataConfig | None = None,
     ) -> None:
         self.manifest, self.split_name = manifest, split_name
         self.rows = open_index(manifest, split_name)
         self.shards = manifest.split(split_name).shards
-        self.reader = ShardReader([manifest.folder / shard.name for shard in self.shards], fetch=fetch)
+        self.fetcher = fetcher_for(manifest, split_name, config or DataConfig())
+        paths = [manifest.folder / shard.name for shard in self.shards]
+        # An evicted shard takes its room until it is closed.
+        max_open = 256 if self.fetcher is None else 2 * (config or DataConfig()).shuffle_shards
+        self.reader = ShardReader(paths, max_open, self.fetcher)
         self.spec = spec
         self.augmentation = augmentation
         self.seed = seed

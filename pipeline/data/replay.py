@@ -52,7 +52,8 @@ def replay_step(config: Config, manifest: DatasetManifest, spec: PreprocessSpec,
         raise ConfigError(
             "the training shards of this run were streamed; which samples a step saw was not decided by its number."
         )
-    dataset = ShardDataset(manifest, "train", spec, build_augmentation(config.data.augment, spec), config.seed)
+    augmentation = build_augmentation(config.data.augment, spec)
+    dataset = ShardDataset(manifest, "train", spec, augmentation, config.seed, config.data)
     batches = GlobalBatchSampler.of_training(dataset.shards, config.data, config.seed)
     last = len(batches) * config.trainer.max_epochs
     if not 1 <= step <= last:

@@ -8,10 +8,12 @@ tensor.
 Nothing of a shard is unpickled or run: bytes are taken from it, and the library's own decoders and commands are switched off.
 """
 
+import io
 import itertools
 import os
 import random
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,6 +29,7 @@ from pipeline.data.worker import deliver
 from pipeline.errors import DataError, RunError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
+from pipeline.remote import RemoteFile, is_url
 
 
 class StreamDataset(IterableDataset[Batch]):
@@ -128,13 +131,12 @@ def read_samples(urls: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def open_stream(url: str) -> BinaryIO:
     """Open a shard on disk or at any URL that fsspec knows. Raises DataError."""
-    import fsspec
-
+    if is_url(url):
+        return io.BufferedReader(RemoteFile(url), buffer_size=1 << 20)
     try:
-        stream: BinaryIO = fsspec.open(url, "rb").open()
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{url}: cannot be opened ({str(error)[:200] or type(error).__name__}).") from error
-    return stream
+        return Path(url).open("rb")
+    except OSError as error:
+        raise DataError(f"{url}: cannot be opened ({error.strerror}).") from error
 
 
 class StreamLoader(DataLoader[Batch]):

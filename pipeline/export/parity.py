@@ -4,6 +4,8 @@ onnxruntime's optimiser removes a dropout that was left in training mode, so a c
 nothing: both settings are asked, and each twice, because noise differs between two runs.
 """
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ from torch import nn
 
 from pipeline.config import ExportConfig
 from pipeline.data.dataset import ShardDataset
+from pipeline.errors import DataError
 from pipeline.task import probabilities
 
 OPTIMIZATIONS = {
@@ -111,9 +114,20 @@ def _ask_onnx(session: onnxruntime.InferenceSession, images: torch.Tensor) -> di
 
 def _batches(dataset: ShardDataset, size: int) -> Iterator[torch.Tensor]:
     for first in range(0, len(dataset), size):
-        yield torch.stack([dataset.image(index) for index in range(first, min(first + size, len(dataset)))])
+        images = [*_decodable(dataset, range(first, min(first + size, len(dataset))))]
+        if images:
+            yield torch.stack(images)
 
 
 def _repeat_to(dataset: ShardDataset, size: int) -> torch.Tensor:
     """The first `size` images (N, 3, H, W), from the start again where the split has fewer."""
-    return torch.stack([dataset.image(index % len(dataset)) for index in range(size)])
+    images = [*itertools.islice(_decodable(dataset, range(len(dataset))), size)]
+    if not images:
+        raise DataError("no image of the evaluation split can be decoded. Look at the shards with `shardline verify`.")
+    return torch.stack([images[index % len(images)] for index in range(size)])
+
+
+def _decodable(dataset: ShardDataset, indices: range) -> Iterator[torch.Tensor]:
+    for index in indices:
+        with contextlib.suppress(DataError):
+            yield dataset.image(index)

@@ -38,7 +38,7 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
     model = export_graph(network, spec, config.export.opset, _metadata(manifest, spec, record))
     require_clean(model, spec, config.export.opset)
     content = model.SerializeToString(deterministic=True)
-    dataset = ShardDataset(manifest, manifest.evaluation_split, spec)
+    dataset = ShardDataset(manifest, manifest.evaluation_split, spec, config=config.data)
     parity = compare(network, content, hashlib.sha256(content).hexdigest(), dataset, config.export)
     if not parity.passed:
         write_json(config.run_dir / REFUSED, dataclasses.asdict(parity))

@@ -45,7 +45,7 @@ class Subject:
     def dataset(self, *, augmented: bool) -> ShardDataset:
         """The training split, with or without the run's augmentation."""
         augmentation = build_augmentation(self.config.data.augment, self.spec) if augmented else None
-        return ShardDataset(self.manifest, "train", self.spec, augmentation, self.config.seed)
+        return ShardDataset(self.manifest, "train", self.spec, augmentation, self.config.seed, self.config.data)
 
     def first_batch(self, *, augmented: bool, size: int | None = None) -> Batch:
         """The first samples of epoch 0 in training order, as many as a global batch or `size` if that is fewer."""

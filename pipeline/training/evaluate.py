@@ -27,7 +27,7 @@ PREDICTIONS = Path("evaluation/predictions.csv")
 
 def evaluate(config: Config) -> None:
     """Evaluate as one rank; rank 0 writes test.json and predictions.csv and tells MLflow."""
-    manifest = load_dataset(config.dataset_dir)
+    manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     record, spec = require_run(config, manifest)
     network = build_network(config.model, len(manifest.class_names), spec)
     network.load_state_dict(load_network_weights(record.best_checkpoint(), record))
@@ -52,7 +52,7 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
         "data_digest": manifest.digest,
         "checkpoint_sha256": record.best["sha256"],
     }
-    dataset = ShardDataset(manifest, split, spec_for(config.preprocess, manifest))
+    dataset = ShardDataset(manifest, split, spec_for(config.preprocess, manifest), config=config.data)
     write_bytes(config.run_dir / PREDICTIONS, _predictions_table(dataset, manifest.class_names, predictions))
     write_json(config.run_dir / RESULT, result)
     outputs = [config.run_dir / RESULT, config.run_dir / PREDICTIONS]

@@ -14,8 +14,8 @@ from pipeline import distributed
 from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data.datamodule import ShardDataModule
-from pipeline.data.order import training_steps_per_epoch
 from pipeline.data.labels import TRADE_OFFS
+from pipeline.data.order import training_steps_per_epoch
 from pipeline.errors import RunError, StoppedError
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset
@@ -73,7 +73,7 @@ def describe_world(trainer: L.Trainer) -> str:
 
 def fit(config: Config) -> None:
     """Train as one rank, from the last checkpoint of the run if there is one."""
-    manifest = load_dataset(config.dataset_dir)
+    manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     if distributed.rank() == 0:
         # A killed predecessor's rank may take a moment to die; it must not write beside this one.
         with locked(config.run_dir.with_name(f"{config.name}.writer"), wait_seconds=WRITER_WAIT_SECONDS):

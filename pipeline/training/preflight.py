@@ -5,6 +5,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.config import Config
+from pipeline.data.cache import require_room
 from pipeline.data.mixing import require_mixable
 from pipeline.data.order import local_batch_size, training_steps_per_epoch
 from pipeline.errors import ConfigError, DataError
@@ -18,6 +19,7 @@ from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_
 def require_trainable(config: Config, manifest: DatasetManifest, world_size: int) -> None:
     """Refuse, before any rank starts, everything that would make one fail. Raises ConfigError or DataError."""
     require_supported(manifest.task)
+    require_room(manifest, config.data)
     spec = spec_for(config.preprocess, manifest)
     require_mixable(config.data.augment, local_batch_size(config.data.global_batch_size, world_size))
     if "val" not in manifest.splits:
