@@ -1,0 +1,62 @@
+import re
+
+import pytest
+
+from pipeline.report.charts import PLOT_HEIGHT, PLOT_WIDTH, BarChart, Histogram
+
+
+def rectangles(markup: str) -> list[dict[str, str]]:
+    return [dict(re.findall(r'(\w+)="([^"]*)"', rectangle)) for rectangle in re.findall(r"<rect [^>]*>", markup)]
+
+
+def cells(markup: str) -> list[str]:
+    return re.findall(r'<td class="number">([^<]*)</td>', markup)
+
+
+def test_a_bar_is_as_long_as_its_share_of_the_longest_and_its_pieces_follow_each_other() -> None:
+    bars = rectangles(BarChart(["a", "b"], ["train", "val"], [[30, 10], [10, 0]]).to_html())
+    assert [(bar["class"], float(bar["x"]), float(bar["width"])) for bar in bars] == [
+        ("s0", 0.0, 75.0),
+        ("s1", 75.0, 25.0),
+        ("s0", 0.0, 25.0),
+    ]
+
+
+def test_numbers_stand_beside_the_bars() -> None:
+    assert cells(BarChart(["a"], ["train", "val"], [[1500, 500]], whole=8000).to_html()) == ["1,500", "500", "2,000", "25.0%"]
+    assert cells(BarChart(["a"], ["train"], [[7]]).to_html()) == ["7"]
+
+
+def test_one_of_many_can_be_told_from_none() -> None:
+    bars = rectangles(BarChart(["many", "one", "none"], ["n"], [[1_000_000], [1], [0]]).to_html())
+    assert [float(bar["width"]) for bar in bars] == [100.0, 0.4]
+
+
+def test_a_chart_of_nothing_is_drawn_without_bars() -> None:
+    assert rectangles(BarChart(["a"], ["n"], [[0]]).to_html()) == []
+    assert rectangles(Histogram([0, 1, 2], ["n"], [[0, 0]]).to_html()) == []
+
+
+def test_bars_of_a_histogram_reach_from_edge_to_edge_and_the_tallest_is_full() -> None:
+    bars = rectangles(Histogram([0, 1, 2, 3], ["n"], [[5, 0, 10]]).to_html())
+    assert [float(bar["x"]) for bar in bars] == [0.0, 2 * PLOT_WIDTH / 3]
+    heights = [float(bar["height"]) for bar in bars]
+    assert heights == [heights[1] / 2, PLOT_HEIGHT - 24]
+    assert all(float(bar["y"]) + float(bar["height"]) == pytest.approx(PLOT_HEIGHT) for bar in bars)
+
+
+def test_each_series_has_a_row_of_its_own_scale_over_one_axis() -> None:
+    markup = Histogram([0, 1, 2], ["train", "val"], [[1000, 500], [1, 2]]).to_html()
+    bars = rectangles(markup)
+    assert [bar["class"] for bar in bars] == ["s0", "s0", "s1", "s1"]
+    assert float(bars[0]["height"]) == float(bars[3]["height"])
+    assert "1,500 in all, tallest bar 1,000" in markup
+    assert "3 in all, tallest bar 2" in markup
+    assert len(re.findall(r'text-anchor="(?:start|middle|end)">[\d.]+<', markup)) == 3  # one axis: 0, 1, 2
+
+
+def test_edges_are_shown_as_the_caller_says() -> None:
+    markup = Histogram([0, 1000], ["n"], [[1]], show_edge=lambda edge: f"{edge / 1000:g} kB").to_html()
+    assert ">0 kB<" in markup
+    assert ">1 kB<" in markup
+    assert "<title>0 kB to 1 kB: 1</title>" in markup
