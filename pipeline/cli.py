@@ -288,27 +288,29 @@ INSPECT_OPTIONS = {"--workers": 1, "--output": 1}
 def inspect(argv: list[str]) -> int:
     """Look at a data set: classes, sizes, colours, copies and odd images, on a page to read."""
     parser = _parser(inspect, positional="[PATH] ")
-    parser.add_argument("path", nargs="?", help="data set folder; the run's data set when left out")
+    parser.add_argument("path", nargs="?", help="folder or URL of the data set; the run's data set when left out")
     parser.add_argument("--workers", type=int, help="processes; default: one for each CPU that may be used")
     parser.add_argument("--output", help="folder for inspect.html and inspect.json; default: the data set's own")
     config, options = parse_config(parser, argv)
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"`--workers` is {options.workers}; it must be 1 or more.")
-    folder = config.dataset_dir if options.path is None else Path(options.path)
-    folder = folder.parent if folder.name == MANIFEST_NAME else folder
-    manifest = load_dataset(folder)
-    output = folder if options.output is None else Path(options.output)
+    location = options.path or config.dataset_location
+    if location == MANIFEST_NAME or location.endswith(f"/{MANIFEST_NAME}"):
+        location = location.removesuffix(MANIFEST_NAME).rstrip("/") or "."
+    manifest = load_dataset(location, config.data.cache_folder)
+    if manifest.url and options.output is None:
+        raise ConfigError(f"{location}: a page cannot be written there. Say where with --output FOLDER.")
+    output = Path(options.output or manifest.folder)
     from pipeline.data.inspect import FIGURES, PAGE, inspect_dataset, require_writable, say_summary
     from pipeline.data.inspect_page import write_inspection
 
     require_writable(output)
-    inspection = inspect_dataset(manifest, options.workers)
+    inspection = inspect_dataset(manifest, config.data, options.workers)
     write_inspection(inspection, output, config.seed, options.workers)
     say_summary(inspection)
     words = _without_options(argv, INSPECT_OPTIONS)
     if options.path is not None:
-        words.remove(options.path)
-        words += ["--dataset.path", str(folder)]
+        words = [*_without_options(words, {options.path: 0, "--dataset.path": 1}), "--dataset.path", location]
     facts = {"page": str(output / PAGE), "figures": str(output / FIGURES), "findings": str(inspection.num_findings)}
     closing_box("data set inspected", facts, _next("check", words))
     return 0

@@ -22,7 +22,7 @@ PARTIAL = ".partial"
 # What lies in the folder of a data set, complete or not. Anything else there is somebody's, and not touched.
 OWN_NAMES = re.compile(
     rf"(train|val|test)(-\d{{6}}\.tar|\.index\.npy|\.labels\.npy)|{re.escape(PARTIAL)}|rejected\.jsonl|inspect\.(html|json)"
-    rf"|{re.escape(MANIFEST_NAME)}|\.{re.escape(MANIFEST_NAME)}\.tmp|\.rejected\.jsonl\.tmp"
+    rf"|\.inspect\.(html|json)\.tmp|{re.escape(MANIFEST_NAME)}|\.{re.escape(MANIFEST_NAME)}\.tmp|\.rejected\.jsonl\.tmp"
 )
 PART_LOCK = re.compile(r"\.part-\d+-of-(\d+)\.lock")
 

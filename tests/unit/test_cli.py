@@ -10,7 +10,7 @@ from pipeline import cli
 from pipeline.cli import main
 from pipeline.errors import ConfigError, GateError, RunError, StoppedError
 
-VERBS = ("shard", "verify", "check", "train", "evaluate", "export", "predict")
+VERBS = ("shard", "verify", "inspect", "check", "train", "evaluate", "export", "predict")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.console import closing_box, track
+from pipeline.console import closing_box, show_table, track
 
 
 class Terminal(io.StringIO):
@@ -67,3 +67,15 @@ def test_the_closing_box_on_a_terminal_shows_brackets_as_they_are(terminal: Call
     assert "╭─ trained ─" in shown
     assert "[16, 16]" in shown
     assert "--preprocess.resize [bold]" in shown
+
+
+def test_a_table_in_a_log_is_aligned_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table(["split", "samples"], [["train", "1,200"], ["a long name", "7"]])
+    assert capsys.readouterr().out == "split        samples\ntrain          1,200\na long name        7\n"
+
+
+def test_a_table_on_a_terminal_shows_brackets_as_they_are(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    show_table(["[class]", "n"], [["[bold]", "7"]])
+    assert "[class]" in screen.getvalue()
+    assert "[bold]" in screen.getvalue()
