@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.data.sources import ListedImage
 from pipeline.errors import DataError
 
-CACHE_KIBIBYTES = 16_384
+CACHE_KIBIBYTES = 4096
 CHUNK_IMAGES = 2000
 SCHEMA = """
     CREATE TABLE listed (name BLOB PRIMARY KEY, label INT, labels TEXT, split TEXT) WITHOUT ROWID;

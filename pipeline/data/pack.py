@@ -61,6 +61,7 @@ class Packer:
         rejected: list[tuple[str, str]] = []
         sums = PixelSums()
         for number, image in enumerate(job.images, start=job.shard.first):
+            self.counter.add()
             counts = job.shard.split == "train" and number % self.stats_every == 0
             try:
                 content = read_image(self.source, image.name)
@@ -78,7 +79,6 @@ class Packer:
                 assert encoded.pixels is not None
                 sums.add(encoded.pixels)
             rows.append(self._add(tar, image, number, encoded))
-            self.counter.add()
         count, totals, squares = sums.totals()
         return {"rows": rows, "rejected": rejected, "pixels": {"count": count, "sums": totals, "squares": squares}}
 

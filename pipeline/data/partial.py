@@ -152,6 +152,12 @@ class Partial:
         for path in (self.rejected_path, self.layout_path, self.plan_path):
             path.unlink(missing_ok=True)
 
+    def remove_if_empty(self) -> None:
+        """Leave no empty folders behind when nothing could be begun."""
+        with contextlib.suppress(OSError):
+            self.root.rmdir()
+            self.folder.rmdir()
+
     def remove(self) -> None:
         """Remove everything; for the end, when the data set is in its place."""
         shutil.rmtree(self.root, ignore_errors=True)

@@ -69,7 +69,7 @@ def prepare_dataset(
     with contextlib.closing(open_source(config)) as source:
         _require_own(folder)
         if fresh:
-            with _explained(folder):
+            with _explained(Partial(folder)):
                 _start_over(Partial(folder))
         if (folder / MANIFEST_NAME).is_file():
             say(f"{folder}: {'--fresh was given' if fresh else 'the images or the settings of `dataset` changed'}")
@@ -84,7 +84,7 @@ def write_dataset(
     Raises DataError when too many images cannot be decoded; what was done is kept.
     """
     partial = Partial(folder)
-    with _explained(folder), Listing(partial.root / "images.sqlite") as listing:
+    with _explained(partial), Listing(partial.root / "images.sqlite") as listing:
         plan = _list(listing, source, config, trust)
         _agree(partial, plan)
         partial.remove_temporary()
@@ -124,7 +124,7 @@ def write_part(
         _require_own(folder)
         while True:
             with (
-                _explained(folder),
+                _explained(partial),
                 locked(folder, shared=True),
                 locked(partial.root / share.owner),
                 Listing(partial.root / f"images-{share.owner}.sqlite") as listing,
@@ -155,7 +155,7 @@ def merge_parts(config: DatasetConfig, folder: Path) -> tuple[DatasetManifest, b
         raise DataError(
             f"{folder}: its parts were made with other settings of `dataset`. Merge with the settings of the parts."
         )
-    with _explained(folder):
+    with _explained(partial):
         if not (partial.ready_dir / MANIFEST_NAME).exists():
             layout = partial.read_layout()
             _require_all_parts(partial, layout, config.samples_per_shard)
@@ -256,10 +256,10 @@ def _require_all_parts(partial: Partial, layout: Layout | None, samples_per_shar
         )
     outcome = _outcome(partial, layout.shards(samples_per_shard), num_parts)
     if outcome.missing:
-        parts = ", ".join(f"{part}/{num_parts} ({number} shards)" for part, number in outcome.missing.items())
+        missing = ", ".join(f"{number} of part {part}/{num_parts}" for part, number in outcome.missing.items())
         raise DataError(
-            f"{partial.folder}: {outcome.num_done} of {outcome.num_shards} shards are there. Missing: part {parts}. "
-            "Run `shardline shard --part` for each of them, then merge."
+            f"{partial.folder}: {outcome.num_done} of {outcome.num_shards} shards are there. Missing: {missing}. "
+            "Run `shardline shard --part` for each of these parts, then merge."
         )
 
 
@@ -352,8 +352,9 @@ def _start_over(partial: Partial) -> None:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explained(partial: Partial) -> Iterator[None]:
     """Turn what the operating system refuses into one clear line."""
+    folder = partial.folder
     try:
         yield
     except OSError as error:
@@ -366,3 +367,5 @@ def _explained(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"{folder}: run the same command again to go on")
         raise
+    finally:
+        partial.remove_if_empty()

@@ -1,8 +1,9 @@
 import dataclasses
 import errno
 import io
-import itertools
+import json
 import os
+import random
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -14,12 +15,19 @@ import pytest
 from PIL import Image
 
 from pipeline.config import DatasetConfig
-from pipeline.data.sources import ImageSource, LabelledImage, open_source
-from pipeline.data.writer import prepare_dataset, split_images, write_dataset
-from pipeline.errors import DataError, ShardlineError
-from pipeline.files import sha256_of
-from pipeline.manifest import DatasetManifest, load_dataset, open_index, read_shard_rows, verify_dataset
+from pipeline.data import listing as listing_module
+from pipeline.data import writer
+from pipeline.data.pack import Packer, ShardJob
+from pipeline.data.partial import Partial
+from pipeline.data.sources import open_source
+from pipeline.data.verify import verify_dataset
+from pipeline.data.writer import PartOutcome, merge_parts, prepare_dataset, write_dataset, write_part
+from pipeline.errors import DataError, RunError, ShardlineError
+from pipeline.files import locked, sha256_of
+from pipeline.manifest import DatasetManifest, load_dataset, open_index, open_labels
 from tests.unit.conftest import TINY_SPLIT, ImageFolder
+from tests.unit.data.given import Given, GivenImages, classes
+from tests.unit.data.images import as_jpeg, noise
 
 
 def settings(source: Path, **changes: Any) -> DatasetConfig:
@@ -27,20 +35,34 @@ def settings(source: Path, **changes: Any) -> DatasetConfig:
 
 
 def write(source: Path, folder: Path, **changes: Any) -> DatasetManifest:
-    return write_dataset(open_source(str(source)), settings(source, **changes), folder)
+    config = settings(source, **changes)
+    return write_dataset(open_source(config), config, folder)
 
 
-def sha256_by_name(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in folder.iterdir() if path.name != "dataset.json"}
+def write_given(images: list[Given], folder: Path, **changes: Any) -> DatasetManifest:
+    config = dataclasses.replace(TINY_SPLIT, **changes)
+    return write_dataset(GivenImages(images), config, folder)
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Sha256 of every file but the manifest, hidden ones too."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_of(path)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "dataset.json"
+    }
 
 
 def images_by_key(manifest: DatasetManifest, split: str) -> dict[str, bytes]:
-    """The encoded image of every sample of a split, by the file name that ends its key."""
+    """The encoded image of every sample of a split, by its key."""
     found = {}
     for shard in manifest.split(split).shards:
-        content = (manifest.folder / shard.name).read_bytes()
-        for key, offset, size, _ in read_shard_rows(manifest.folder / shard.name):
-            found[key.split("-", 1)[1]] = content[offset : offset + size]
+        with tarfile.open(manifest.folder / shard.name) as tar:
+            for member in tar:
+                if not member.name.endswith((".cls", ".json")):
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    found[member.name.partition(".")[0]] = content.read()
     return found
 
 
@@ -53,12 +75,14 @@ def folder(image_folder: ImageFolder, tmp_path: Path) -> Path:
 # ---- the same bytes every time ----
 
 
-def test_the_same_images_give_the_same_bytes_in_every_file(
-    tiny_source: Path, tiny_dataset: DatasetManifest, tmp_path: Path
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_number_of_workers_writes_the_same_bytes(
+    workers: int, tiny_source: Path, tiny_dataset: DatasetManifest, tmp_path: Path
 ) -> None:
-    again = write(tiny_source, tmp_path / "again")
-    assert len(sha256_by_name(again.folder)) == 17  # 8 + 3 + 3 shards and 3 indices
-    assert sha256_by_name(again.folder) == sha256_by_name(tiny_dataset.folder)
+    config = settings(tiny_source)
+    again = write_dataset(open_source(config), config, tmp_path / "again", workers=workers)
+    assert len(files_of(again.folder)) == 17  # 8 + 3 + 3 shards and 3 indices
+    assert files_of(again.folder) == files_of(tiny_dataset.folder)
     assert again.digest == tiny_dataset.digest
 
 
@@ -69,6 +93,13 @@ def test_a_copy_of_the_images_elsewhere_and_later_gives_the_same_digest(
     manifest = write(copied, tmp_path / "again")
     assert manifest.info["source_fingerprint"] != tiny_dataset.info["source_fingerprint"]
     assert manifest.digest == tiny_dataset.digest
+
+
+def test_the_order_in_which_a_source_lists_its_images_changes_nothing(tmp_path: Path) -> None:
+    images = classes(9, 7)
+    first = write_given(images, tmp_path / "first")
+    second = write_given(random.Random(5).sample(images, len(images)), tmp_path / "second")
+    assert (second.digest, second.info["source_fingerprint"]) == (first.digest, first.info["source_fingerprint"])
 
 
 def test_a_tar_says_nothing_of_who_wrote_it_and_when(tiny_dataset: DatasetManifest) -> None:
@@ -83,11 +114,8 @@ def test_another_seed_gives_another_split_and_another_digest(
     other = write(tiny_source, tmp_path / "other", split_seed=1)
     assert other.digest != tiny_dataset.digest
     assert other.split("train").class_counts == tiny_dataset.split("train").class_counts
-    assert (
-        sha256_by_name(other.folder)
-        .items()
-        .isdisjoint((name, sha256) for name, sha256 in sha256_by_name(tiny_dataset.folder).items() if name.endswith(".tar"))
-    )
+    shards = {(name, sha256) for name, sha256 in files_of(tiny_dataset.folder).items() if name.endswith(".tar")}
+    assert files_of(other.folder).items().isdisjoint(shards)
 
 
 def test_a_data_set_is_whole_as_soon_as_it_is_written(tiny_dataset: DatasetManifest) -> None:
@@ -97,118 +125,35 @@ def test_a_data_set_is_whole_as_soon_as_it_is_written(tiny_dataset: DatasetManif
     assert names == listed | {"dataset.json", "train.index.npy", "val.index.npy", "test.index.npy"}
 
 
-# ---- the split ----
-
-
-def source_of(*counts: int) -> ImageSource:
-    """A source of so many images of each class; nothing can be read from it."""
-    images = [
-        LabelledImage(f"{label}/{number:04d}.png", label, bytes)
-        for label, count in enumerate(counts)
-        for number in range(count)
-    ]
-    return ImageSource("folder", [str(label) for label in range(len(counts))], images, "fingerprint")
-
-
-def names_by_split(source: ImageSource, config: DatasetConfig) -> dict[str, set[str]]:
-    return {split: {image.name for image in images} for split, images in split_images(source, config).items()}
-
-
-@pytest.mark.parametrize(
-    ("fraction", "count", "expected"),
-    [(0.2, 20, 4), (0.2, 21, 5), (0.15, 20, 3), (0.1, 30, 3), (0.01, 50, 1), (0.28, 25, 7), (0.07, 100, 7)],
-)
-def test_each_class_gives_the_fraction_rounded_up_to_the_test_split(fraction: float, count: int, expected: int) -> None:
-    # In binary 0.28 * 25 is 7.000000000000001 and 0.07 * 100 too: what was asked for is 7.
-    config = DatasetConfig(val_fraction=0.0, test_fraction=fraction)
-    splits = split_images(source_of(count, count), config)
-    assert len(splits["train"]) == 2 * (count - expected)
-    for label in (0, 1):
-        assert sum(image.label == label for image in splits.get("test", [])) == expected
-
-
 def test_every_class_has_its_share_in_every_split(tiny_dataset: DatasetManifest) -> None:
     counts = {name: split.class_counts for name, split in tiny_dataset.splits.items()}
     assert counts == {"train": [12, 12, 12], "val": [4, 4, 4], "test": [4, 4, 4]}
 
 
-def test_the_splits_share_no_image_and_lose_none() -> None:
-    source = source_of(37, 11, 5)
-    splits = names_by_split(source, TINY_SPLIT)
-    assert sum(map(len, splits.values())) == 53
-    assert set.union(*splits.values()) == {image.name for image in source.images}
-
-
-def test_a_fraction_of_nothing_makes_no_split() -> None:
-    config = DatasetConfig(val_fraction=0.25, test_fraction=0.0)
-    assert {name: len(names) for name, names in names_by_split(source_of(4, 4), config).items()} == {"train": 6, "val": 2}
-
-
-@pytest.mark.parametrize("number", range(21, 27))  # the new image's name decides where it comes to lie
-def test_a_new_image_moves_at_most_one_other_across_each_border(number: int) -> None:
-    before = names_by_split(source_of(21, 21), TINY_SPLIT)  # 5, 5 and 11 of each class, of 22 images also 5, 5 and 12
-    source = source_of(21, 21)
-    source.images.append(LabelledImage(f"1/{number:04d}.png", 1, bytes))
-    after = names_by_split(source, TINY_SPLIT)
-    for split, names in before.items():
-        assert len(names - after[split]) <= 1
-        assert {name for name in names if name.startswith("0/")} <= after[split]  # the other class is not touched
-
-
-def test_the_order_inside_the_shards_mixes_the_classes() -> None:
-    labels = [image.label for image in split_images(source_of(50, 50), TINY_SPLIT)["train"]]
-    changes = sum(first != second for first, second in itertools.pairwise(labels))
-    # 60 images of two classes in random order: 30 changes on average, with a standard deviation of 3.8; sorted, 1.
-    assert changes == pytest.approx(30, abs=4 * 3.8)
-
-
-def test_a_class_that_is_too_small_for_every_split_is_refused_by_name() -> None:
-    with pytest.raises(DataError, match=r"class `1` has 2 images, too few for a share in every split"):
-        split_images(source_of(9, 2), TINY_SPLIT)
-
-
 # ---- what is in the shards ----
 
 
-def test_a_jpeg_is_kept_byte_for_byte_and_anything_else_becomes_a_good_one(folder: Path, tmp_path: Path) -> None:
-    pixels = Image.open(folder / "red" / "00.png")
-    exif = Image.Exif()
-    exif[274] = 6
-    pixels.resize((8, 24)).save(folder / "red" / "photo.jpg", quality=30, exif=exif)
-    manifest = write(folder, tmp_path / "dataset", val_fraction=0.0, test_fraction=0.0)
-    stored = images_by_key(manifest, "train")
-    assert stored["photo"] == (folder / "red" / "photo.jpg").read_bytes()
-    re_encoded = Image.open(io.BytesIO(stored["01"]))
-    assert re_encoded.format == "JPEG"
-    assert re_encoded.size == (16, 16)
+def test_a_jpeg_is_kept_byte_for_byte_and_anything_else_becomes_one(folder: Path, tmp_path: Path) -> None:
+    (folder / "red" / "photo.jpg").write_bytes(as_jpeg(noise(8, 24)))
+    stored = images_by_key(write(folder, tmp_path / "dataset", val_fraction=0.0, test_fraction=0.0), "train")
+    (photo,) = [encoded for key, encoded in stored.items() if key.endswith("-photo")]
+    assert photo == (folder / "red" / "photo.jpg").read_bytes()
+    assert {Image.open(io.BytesIO(encoded)).format for encoded in stored.values()} == {"JPEG"}
 
 
-def test_an_image_that_becomes_a_jpeg_keeps_its_colours(image_folder: ImageFolder, tmp_path: Path) -> None:
-    source = image_folder(tmp_path / "source", {"red": 1, "blue": 1})
-    smooth = np.linspace(0, 255, 16).astype(np.uint8)
-    pixels = np.stack(np.broadcast_arrays(smooth[:, None], smooth[None, :], np.uint8(99)), axis=-1)  # (H, W, 3)
-    Image.fromarray(pixels).save(source / "red" / "00.png")
-    manifest = write(source, tmp_path / "dataset", val_fraction=0.0, test_fraction=0.0)
-    rows = open_index(manifest, "train")
-    row = rows[rows["label"] == 1][0]
-    shard = (manifest.folder / "train-000000.tar").read_bytes()
-    stored = np.asarray(Image.open(io.BytesIO(shard[row["offset"] :])))
-    # Quality 95 without chroma subsampling: quantisation steps of at most 10 move a smooth image by a few of 255.
-    np.testing.assert_allclose(stored.astype(int), pixels.astype(int), rtol=0, atol=6)
-
-
-def test_a_grey_image_stays_grey(folder: Path, tmp_path: Path) -> None:
-    Image.new("L", (16, 16), 77).save(folder / "red" / "grey.png")
-    manifest = write(folder, tmp_path / "dataset", val_fraction=0.0, test_fraction=0.0)
-    stored = Image.open(io.BytesIO(images_by_key(manifest, "train")["grey"]))
-    assert (stored.mode, stored.getpixel((3, 3))) == ("L", 77)
+def test_on_request_everything_keeps_its_bytes(folder: Path, tmp_path: Path) -> None:
+    manifest = write(folder, tmp_path / "dataset", val_fraction=0.0, test_fraction=0.0, keep_format=True)
+    with tarfile.open(manifest.folder / "train-000000.tar") as tar:
+        assert {name.partition(".")[2] for name in tar.getnames()} == {"png", "cls"}
+    originals = {path.read_bytes() for path in folder.rglob("*.png")}
+    assert set(images_by_key(manifest, "train").values()) == originals
+    assert [defect for _, defects in verify_dataset(manifest) for defect in defects] == []
 
 
 def test_names_in_any_script_become_keys_that_every_reader_stands(folder: Path, tmp_path: Path) -> None:
     (folder / "red" / "00.png").rename(folder / "red" / "猫.v2 (1).png")
-    manifest = write(folder, tmp_path / "dataset", val_fraction=0.0, test_fraction=0.0)
-    keys = [key for shard in manifest.split("train").shards for key, *_ in read_shard_rows(manifest.folder / shard.name)]
-    assert len(keys) == len(set(keys)) == 10
+    keys = images_by_key(write(folder, tmp_path / "dataset", val_fraction=0.0, test_fraction=0.0), "train").keys()
+    assert len(keys) == 10
     assert all(key.replace("-", "").replace("_", "").isalnum() and key.isascii() for key in keys)
     assert sum(key.endswith("-_v2_1_") for key in keys) == 1
 
@@ -221,6 +166,26 @@ def test_a_file_name_that_is_no_text_is_sharded_like_any_other(folder: Path, tmp
     assert manifest.split("train").num_samples == 10
 
 
+def test_several_labels_an_image_lie_in_rows_of_their_own(tmp_path: Path) -> None:
+    images = [Given(f"{number:02d}.jpg", ((), (0, 2), (1,), (2, 0, 1))[number % 4]) for number in range(40)]
+    config = dataclasses.replace(TINY_SPLIT)
+    manifest = write_dataset(GivenImages(images, task="multi"), config, tmp_path / "dataset")
+    assert manifest.task == "multi"
+    for split, expected in (("train", 6), ("val", 2), ("test", 2)):
+        labels, rows = open_labels(manifest, split), open_index(manifest, split)
+        assert labels.shape == (4 * expected, 3)
+        assert manifest.split(split).class_counts == labels.sum(axis=0).tolist() == [2 * expected] * 3
+        of_first = {-1: [0, 0, 0], 0: [1, 0, 1], 1: [0, 1, 0], 2: [1, 1, 1]}
+        assert labels.tolist() == [of_first[label] for label in rows["label"].tolist()]
+    assert [defect for _, defects in verify_dataset(load_dataset(manifest.folder)) for defect in defects] == []
+
+
+def training_images(manifest: DatasetManifest) -> list[bytes]:
+    rows = open_index(manifest, "train")
+    shards = [(manifest.folder / shard.name).read_bytes() for shard in manifest.split("train").shards]
+    return [shards[row["shard"]][row["offset"] : row["offset"] + row["size"]] for row in rows]
+
+
 def test_the_statistics_are_those_of_the_training_pixels_as_they_are_read(tiny_dataset: DatasetManifest) -> None:
     stored = [np.asarray(Image.open(io.BytesIO(encoded))) for encoded in training_images(tiny_dataset)]
     pixels = np.stack(stored).reshape(-1, 3) / 255  # (36 * 16 * 16, 3)
@@ -230,18 +195,16 @@ def test_the_statistics_are_those_of_the_training_pixels_as_they_are_read(tiny_d
     assert tiny_dataset.image_stats.split == "train"
 
 
-def training_images(manifest: DatasetManifest) -> list[bytes]:
-    rows = open_index(manifest, "train")
-    shards = [(manifest.folder / shard.name).read_bytes() for shard in manifest.split("train").shards]
-    return [shards[row["shard"]][row["offset"] : row["offset"] + row["size"]] for row in rows]
-
-
-def test_a_channel_that_never_changes_can_still_be_divided_by(image_folder: ImageFolder, tmp_path: Path) -> None:
-    source = image_folder(tmp_path / "source", {"red": 1, "blue": 1})
-    for path in source.rglob("*.png"):
-        Image.new("RGB", (4, 4), (255, 255, 255)).save(path)
-    stats = write(source, tmp_path / "dataset", val_fraction=0.0, test_fraction=0.0).image_stats
-    assert (stats.mean, stats.std) == ([1.0] * 3, [round(1 / 255, 6)] * 3)
+def test_with_trust_the_statistics_are_of_some_images_and_the_manifest_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "TRUSTED_STATISTICS", 4)
+    source = GivenImages(classes(15, 15))
+    manifest = write_dataset(source, TINY_SPLIT, tmp_path / "dataset", trust=True)
+    assert manifest.preparation["trust"] == {"statistics_of_at_most": 4}
+    some = [Image.open(io.BytesIO(encoded)) for encoded in training_images(manifest)][::5]  # 18 images, so every fifth
+    pixels = np.stack([np.asarray(image) for image in some]).reshape(-1, 3) / 255
+    np.testing.assert_allclose(manifest.image_stats.mean, pixels.mean(axis=0), rtol=0, atol=1e-6)
 
 
 def test_the_webdataset_library_reads_our_shards_and_agrees_with_the_index(
@@ -258,72 +221,244 @@ def test_the_webdataset_library_reads_our_shards_and_agrees_with_the_index(
         assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(encoded))))
 
 
-# ---- when it fails ----
+def test_what_there_is_to_tell_of_the_split_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_given(classes(9, 1), tmp_path / "dataset")
+    assert "1 class has too few images for every split: class-1\n" in capsys.readouterr().out
 
 
-def test_every_bad_image_is_named_and_nothing_is_left_behind(folder: Path, tmp_path: Path) -> None:
-    (folder / "blue" / "00.png").write_bytes(b"garbage")
-    cut = (folder / "red" / "01.png").read_bytes()
-    (folder / "red" / "01.png").write_bytes(cut[: len(cut) // 2])
-    with pytest.raises(DataError, match=r"^2 images cannot be decoded: .*nothing was written") as refusal:
-        write(folder, tmp_path / "dataset", samples_per_shard=1)
-    assert "blue/00.png (cannot identify image file)" in str(refusal.value)
-    assert "red/01.png (" in str(refusal.value)
-    assert list((tmp_path / "dataset").rglob("*")) == []
+# ---- images that cannot be decoded ----
 
 
-def test_many_bad_images_are_counted_and_the_first_three_named(folder: Path, tmp_path: Path) -> None:
-    for path in folder.rglob("*.png"):
-        path.write_bytes(b"garbage")
-    with pytest.raises(DataError, match=r"^10 images cannot be decoded: (\S+\.png \([^)]*\); ){3}and 7 more\."):
-        write(folder, tmp_path / "dataset")
+def bad(name: str, content: bytes | Exception = b"\xff\xd8garbage") -> Given:
+    return Given(name, (0,), None, content)
+
+
+def test_a_few_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
+    images = [*classes(30, 30), bad("0/z.jpg"), bad("0/a.jpg", PermissionError(13, "Permission denied"))]
+    manifest = write_given(images, tmp_path / "dataset", max_rejected=0.04)
+    assert sum(split.num_samples for split in manifest.splits.values()) == 60
+    lines = [json.loads(line) for line in (tmp_path / "dataset/rejected.jsonl").read_text().splitlines()]
+    assert [line["path"] for line in lines] == ["0/a.jpg", "0/z.jpg"]
+    assert lines[0]["reason"] == "Permission denied"
+    assert manifest.info["num_rejected"] == 2
+    assert manifest.info["rejected"] == {"Permission denied": 1, "cannot identify image file": 1}
+    assert [defect for _, defects in verify_dataset(load_dataset(manifest.folder)) for defect in defects] == []
+
+
+def test_too_many_bad_images_are_refused_and_named_and_the_work_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [*classes(30, 30), *(bad(f"0/bad-{number}.jpg") for number in range(5))]
+    target = tmp_path / "dataset"
+    with pytest.raises(DataError) as refusal:
+        write_given(images, target, max_rejected=0.07)
+    assert str(refusal.value) == (
+        "5 of 65 images cannot be decoded, more than the share of 0.07 that `dataset.max_rejected` allows: "
+        "0/bad-0.jpg (cannot identify image file); 0/bad-1.jpg (cannot identify image file); "
+        f"0/bad-2.jpg (cannot identify image file); and 2 more. All of them are in {target}/rejected.jsonl. "
+        "Replace or remove them, or allow more with --max-rejected; the work done is kept."
+    )
+    assert len((target / "rejected.jsonl").read_text().splitlines()) == 5
+    with pytest.raises(DataError, match="no data set there"):
+        load_dataset(target)
+    with monkeypatch.context() as patched:  # nothing but the assembly is left to do
+        patched.setattr(Packer, "write", None)
+        patched.setattr(writer, "hash_images", None)
+        manifest = write_given(images, target, max_rejected=0.08)
+    assert manifest.digest == write_given(images, tmp_path / "undisturbed", max_rejected=0.08).digest
+    assert files_of(target) == files_of(tmp_path / "undisturbed")
+
+
+def test_a_list_of_an_earlier_attempt_does_not_stay_when_all_is_well(tmp_path: Path) -> None:
+    target = tmp_path / "dataset"
+    with pytest.raises(DataError, match="1 of 61 images"):
+        write_given([*classes(30, 30), bad("0/z.jpg")], target, max_rejected=0.0)
+    write_given(classes(30, 30), target, max_rejected=0.0)
+    assert not (target / "rejected.jsonl").exists()
+
+
+def test_a_class_that_loses_all_its_training_images_is_named(tmp_path: Path) -> None:
+    images = [*classes(9), *(Given(f"1/{number}.jpg", (1,), None, b"\xff\xd8bad-%d" % number) for number in range(9))]
+    with pytest.raises(
+        DataError, match=r"class `class-1`: none of its 5 images for train can be decoded\. Rejected were 1/0\.jpg"
+    ):
+        write_given(images, tmp_path / "dataset", max_rejected=1.0)
+
+
+def test_a_shard_of_which_nothing_is_left_is_left_out(tmp_path: Path) -> None:
+    images = [*classes(9, 9), *(bad(f"0/{number}-bad.jpg", b"\xff\xd8bad-%d" % number) for number in range(6))]
+    manifest = write_given(images, tmp_path / "dataset", samples_per_shard=1, max_rejected=1.0)
+    for name, split in manifest.splits.items():
+        assert [shard.name for shard in split.shards] == [f"{name}-{number:06d}.tar" for number in range(split.num_samples)]
+    assert sum(len(split.shards) for split in manifest.splits.values()) == 18
+    assert [defect for _, defects in verify_dataset(load_dataset(manifest.folder)) for defect in defects] == []
+
+
+def test_bad_images_of_a_new_attempt_do_not_touch_the_data_set_that_is_there(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "made" / "dataset"
+    first, _ = prepare_dataset(settings(folder), target)
+    (folder / "red" / "bad.png").write_bytes(b"garbage")
+    with pytest.raises(DataError, match=r"^1 of 11 images cannot be decoded.*\.partial/rejected\.jsonl\. "):
+        prepare_dataset(settings(folder), target)
+    assert load_dataset(target).digest == first.digest
+    assert not (target / "rejected.jsonl").exists()
+
+
+# ---- when it is interrupted ----
 
 
 def full_disk(*_arguments: object, **_options: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("owner", "call"), [(tarfile.TarFile, "addfile"), (np, "save"), (os, "fsync")])
-def test_a_full_disk_is_one_clear_line_and_leaves_nothing_behind(
-    owner: Any, call: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("owner", "call"), [(os, "writev"), (os, "fsync"), (Path, "replace")])
+def test_a_full_disk_is_one_clear_line_and_gives_nothing_its_name(
+    owner: Any, call: str, workers: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = settings(folder)
     with monkeypatch.context() as patched:
         patched.setattr(owner, call, full_disk)
         with pytest.raises(ShardlineError, match=r"dataset: No space left on device\. The disk is full: free some space"):
-            write(folder, tmp_path / "dataset")
-    assert list((tmp_path / "dataset").rglob("*")) == []
+            write_dataset(open_source(config), config, tmp_path / "dataset", workers=workers)
+    assert [path for path in files_of(tmp_path / "dataset") if not path.startswith(".partial/")] == []
+    assert list((tmp_path / "dataset").rglob("*.tar")) == []
+    assert write(folder, tmp_path / "dataset").digest == write(folder, tmp_path / "undisturbed").digest
 
 
-def without_the_last_step(folder: Path, target: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Write a data set up to the point where everything but dataset.json is there, as a power cut would leave it."""
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full_disk)
-        with pytest.raises(ShardlineError, match="The disk is full"):
-            write(folder, target, **changes)
+class Interruption(BaseException):
+    """Stands for a kill: nothing catches it."""
 
 
-def test_a_data_set_without_its_last_file_is_none_and_is_written_anew(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: Any, call: str, number: int) -> None:
+    """Raise Interruption in place of the `number`-th call."""
+    whole = getattr(owner, call)
+    calls = iter(range(1, 10**6))
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            raise Interruption
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(owner, call, counted)
+
+
+@pytest.mark.parametrize("with_earlier", [False, True])
+@pytest.mark.parametrize("call", ["replace", "rename", "unlink"])
+def test_wherever_it_is_interrupted_it_goes_on_to_the_same_end(
+    call: str, with_earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [*classes(8, 8), bad("0/bad.jpg")]
+    config = dataclasses.replace(TINY_SPLIT, max_rejected=0.1)
+    expected = write_dataset(GivenImages(images), config, tmp_path / "undisturbed")
+    target = tmp_path / "made" / "dataset"
+    if with_earlier:
+        earlier = write_given(classes(3, 3), target)
+    rounds = 0
+    for rounds in range(1, 200):
+        try:
+            with monkeypatch.context() as patched:
+                # One more step each time: every step is once the one that is not done, and what follows a step is done often.
+                interrupt_at(patched, Path, call, 1 + rounds % 23)
+                manifest = write_dataset(GivenImages(images), config, target)
+            break
+        except Interruption:
+            if (target / "dataset.json").exists():
+                assert load_dataset(target).digest in ({earlier.digest} if with_earlier else set()) | {expected.digest}
+    assert rounds > 3
+    assert manifest.digest == expected.digest
+    assert files_of(target) == files_of(tmp_path / "undisturbed")
+    aside = [path for path in target.parent.iterdir() if path != target]
+    assert [load_dataset(path).digest for path in aside] == ([earlier.digest] if with_earlier else [])
+
+
+def written_shards(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[str]:
+    """A list that fills with the names of the shards that are written; an interruption after so many."""
+    names: list[str] = []
+    whole = Packer.write
+
+    def noted(packer: Packer, job: ShardJob) -> None:
+        if stop_after is not None and len(names) == stop_after:
+            raise Interruption
+        whole(packer, job)
+        names.append(job.shard.name)
+
+    monkeypatch.setattr(Packer, "write", noted)
+    return names
+
+
+def test_what_is_done_is_not_done_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "dataset"
-    without_the_last_step(folder, target, monkeypatch)
-    with pytest.raises(DataError, match="no data set there"):
-        load_dataset(target)
-    manifest, made = prepare_dataset(settings(folder), target)
-    assert made
-    assert load_dataset(target) == manifest
+    with monkeypatch.context() as patched:
+        first = written_shards(patched, stop_after=2)
+        with pytest.raises(Interruption):
+            write(folder, target, samples_per_shard=2)
+    (target / ".partial/shards/.train-000002.tar.tmp").write_bytes(b"half a shard")
+    with monkeypatch.context() as patched:
+        rest = written_shards(patched)
+        manifest = write(folder, target, samples_per_shard=2)
+    assert (len(first), len(rest)) == (2, 3)
+    assert sorted(first + rest) == sorted(shard.name for split in manifest.splits.values() for shard in split.shards)
+    assert "dataset: going on with what an interrupted run has done\n" in capsys.readouterr().out
+    assert files_of(target) == files_of(write(folder, tmp_path / "undisturbed", samples_per_shard=2).folder)
 
 
-def test_no_shard_of_an_interrupted_attempt_stays_among_those_of_the_next(
+@pytest.mark.parametrize(
+    "change", [{"split_seed": 1}, {"samples_per_shard": 3}, {"background": [0, 0, 0]}, {"val_fraction": 0.4}], ids=str
+)
+def test_work_on_other_settings_is_not_used(
+    change: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "dataset"
+    with monkeypatch.context() as patched:
+        written_shards(patched, stop_after=2)
+        with pytest.raises(Interruption):
+            write(folder, target, samples_per_shard=2)
+    again = {"samples_per_shard": 2, **change}
+    assert files_of(write(folder, target, **again).folder) == files_of(write(folder, tmp_path / "undisturbed", **again).folder)
+    assert "changed since a run was interrupted; starting over\n" in capsys.readouterr().out
+
+
+def test_no_shard_of_an_attempt_that_was_cut_short_at_the_end_stays_among_those_of_the_next(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whoever reads `train-*.tar`, as the webdataset library is used, would train on samples twice, and on test images.
     target = tmp_path / "dataset"
-    without_the_last_step(folder, target, monkeypatch, samples_per_shard=1)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, Path, "rename", 8)  # shards are on their way to their final names
+        with pytest.raises(Interruption):
+            write(folder, target, samples_per_shard=1)
+    assert len(list(target.glob("*.tar"))) == 7
     manifest, _ = prepare_dataset(settings(folder, samples_per_shard=100), target)
     assert sorted(path.name for path in target.glob("*.tar")) == sorted(
         shard.name for split in manifest.splits.values() for shard in split.shards
     )
+
+
+def test_a_run_that_was_killed_while_it_cleaned_up_is_finished_by_the_next(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "dataset"
+    with monkeypatch.context() as patched:
+        patched.setattr(Partial, "remove", lambda _: None)
+        prepare_dataset(settings(folder), target)
+    assert (target / ".partial").exists()
+    _, made = prepare_dataset(settings(folder), target)
+    assert not made
+    assert not (target / ".partial").exists()
+
+
+def test_a_mistake_before_anything_is_done_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such"):
+        prepare_dataset(settings(tmp_path / "nowhere"), tmp_path / "made" / "dataset")
+    source = GivenImages(classes(2))
+    listed = [*source.images()]
+    source.images = lambda: iter([*listed, *listed])  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="under one name"):
+        write_dataset(source, TINY_SPLIT, tmp_path / "made" / "dataset")
+    assert not (tmp_path / "made" / "dataset").exists()
 
 
 # ---- made once, and again when something changed ----
@@ -340,6 +475,12 @@ def test_an_unchanged_data_set_is_not_written_again(folder: Path, tmp_path: Path
     assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} == times
 
 
+def test_a_data_set_that_was_written_with_trust_is_not_written_again_without(folder: Path, tmp_path: Path) -> None:
+    # The verbs after `shard` are often called by `make`, which knows nothing of how the shards were once written.
+    prepare_dataset(settings(folder), tmp_path / "dataset", trust=True)
+    assert not prepare_dataset(settings(folder), tmp_path / "dataset")[1]
+
+
 def new_image(folder: Path) -> dict[str, Any]:
     shutil.copy(folder / "red" / "00.png", folder / "red" / "05.png")
     return {}
@@ -353,9 +494,13 @@ def new_image(folder: Path) -> dict[str, Any]:
         lambda _: {"test_fraction": 0.4},
         lambda _: {"samples_per_shard": 2},
         lambda _: {"jpeg_quality": 50},
+        lambda _: {"keep_format": True},
+        lambda _: {"max_side": 8},
+        lambda _: {"background": [0, 0, 0]},
+        lambda _: {"class_level": 1},
         new_image,
     ],
-    ids=["seed", "val", "test", "shards", "quality", "new-image"],
+    ids=["seed", "val", "test", "shards", "quality", "format", "side", "background", "level", "new-image"],
 )
 def test_a_changed_data_set_is_written_anew_and_the_old_one_kept(
     change: Callable[[Path], dict[str, Any]], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -372,6 +517,11 @@ def test_a_changed_data_set_is_written_anew_and_the_old_one_kept(
     assert f"the earlier data set is kept as {aside}\n" in said
 
 
+def test_more_allowed_rejects_are_no_change(folder: Path, tmp_path: Path) -> None:
+    prepare_dataset(settings(folder), tmp_path / "dataset")
+    assert not prepare_dataset(settings(folder, max_rejected=0.5), tmp_path / "dataset")[1]
+
+
 def test_a_fresh_start_writes_even_an_unchanged_data_set_anew(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "made" / "dataset"
     prepare_dataset(settings(folder), target)
@@ -380,13 +530,17 @@ def test_a_fresh_start_writes_even_an_unchanged_data_set_anew(folder: Path, tmp_
     assert len(list(target.parent.iterdir())) == 2
 
 
-def test_images_that_cannot_be_read_do_not_cost_the_data_set_that_was_there(folder: Path, tmp_path: Path) -> None:
-    target = tmp_path / "made" / "dataset"
-    first, _ = prepare_dataset(settings(folder), target)
-    (folder / "red" / "bad.png").write_bytes(b"garbage")
-    with pytest.raises(DataError, match=r"^1 image cannot be decoded: red/bad\.png"):
-        prepare_dataset(settings(folder), target)
-    assert load_dataset(target).digest == first.digest
+def test_a_fresh_start_uses_nothing_of_an_interrupted_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "dataset"
+    with monkeypatch.context() as patched:
+        written_shards(patched, stop_after=2)
+        with pytest.raises(Interruption):
+            write(folder, target, samples_per_shard=2)
+    names = written_shards(monkeypatch)
+    prepare_dataset(settings(folder, samples_per_shard=2), target, fresh=True)
+    assert len(names) == 5
 
 
 def test_a_damaged_data_set_is_reported_and_not_silently_replaced(folder: Path, tmp_path: Path) -> None:
@@ -401,7 +555,132 @@ def test_a_folder_with_somebody_elses_files_is_refused_and_left_alone(folder: Pa
     target = tmp_path / "home"
     target.mkdir()
     (target / "thesis.tex").write_text("years of work")
+    refusal = r"home: is not a data set but holds thesis\.tex\. Choose another --dataset\.path"
     for fresh in (False, True):
-        with pytest.raises(DataError, match=r"home: is not a data set but holds thesis\.tex\. Choose another --dataset\.path"):
+        with pytest.raises(DataError, match=refusal):
             prepare_dataset(settings(folder), target, fresh=fresh)
+    with pytest.raises(DataError, match=refusal):
+        write_part(settings(folder), target, 1, 2)
     assert [path.name for path in target.iterdir()] == ["thesis.tex"]
+
+
+def test_a_mount_point_that_holds_an_earlier_data_set_is_refused_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_dataset(settings(folder), tmp_path / "dataset")
+    monkeypatch.setattr(Path, "is_mount", lambda _: True)
+    with pytest.raises(
+        DataError, match=r"dataset: is a mount point, so the data set in it cannot be moved aside\. Use a folder below"
+    ):
+        prepare_dataset(settings(folder, split_seed=1), tmp_path / "dataset")
+
+
+# ---- many machines ----
+
+
+@pytest.fixture
+def undisturbed(tiny_source: Path, tiny_dataset: DatasetManifest) -> dict[str, str]:
+    """The files of `tiny_dataset`, 14 shards, by their hashes."""
+    return files_of(tiny_dataset.folder)
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
+def test_parts_in_any_order_make_the_data_set_of_one_run(
+    order: tuple[int, ...], tiny_source: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing_module, "CHUNK_IMAGES", 7)
+    target, config = tmp_path / "dataset", settings(tiny_source)
+    left: dict[int, int] = {1: 5, 2: 5, 3: 4}
+    for part in order:
+        del left[part]
+        assert write_part(config, target, part, 3) == PartOutcome(14, left)
+        with pytest.raises(DataError, match="no data set there"):
+            load_dataset(target)
+    manifest, made = merge_parts(config, target)
+    assert made
+    assert files_of(target) == undisturbed
+    assert not merge_parts(config, target)[1]
+    assert write_part(config, target, 1, 3) is None
+    assert prepare_dataset(config, target) == (manifest, False)
+
+
+def test_a_merge_names_the_parts_that_are_missing(tiny_source: Path, tmp_path: Path) -> None:
+    target, config = tmp_path / "dataset", settings(tiny_source)
+    with pytest.raises(DataError, match=r"dataset: no part of a data set is there\. Run `shardline shard --part 1/N`"):
+        merge_parts(config, target)
+    write_part(config, target, 2, 4)
+    with pytest.raises(
+        DataError, match=r"dataset: 4 of 14 shards are there\. Missing: 4 of part 1/4, 3 of part 3/4, 3 of part 4/4\. Run"
+    ):
+        merge_parts(config, target)
+    with pytest.raises(DataError, match=r"its parts were made with other settings of `dataset`"):
+        merge_parts(settings(tiny_source, split_seed=1), target)
+
+
+def test_a_part_that_was_interrupted_goes_on_where_it_was(
+    tiny_source: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, config = tmp_path / "dataset", settings(tiny_source)
+    with monkeypatch.context() as patched:
+        written_shards(patched, stop_after=3)
+        with pytest.raises(Interruption):
+            write_part(config, target, 1, 2)
+    with monkeypatch.context() as patched:
+        names = written_shards(patched)
+        write_part(config, target, 1, 2)
+        assert len(names) == 4
+    write_part(config, target, 2, 2)
+    merge_parts(config, target)
+    assert files_of(target) == undisturbed
+
+
+def test_an_undivided_run_goes_on_with_what_parts_have_done(
+    tiny_source: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, config = tmp_path / "dataset", settings(tiny_source)
+    write_part(config, target, 1, 2)
+    names = written_shards(monkeypatch)
+    prepare_dataset(config, target)
+    assert len(names) == 7
+    assert files_of(target) == undisturbed
+
+
+def test_the_same_part_twice_at_once_is_refused_and_others_are_not(tiny_source: Path, tmp_path: Path) -> None:
+    target, config = tmp_path / "dataset", settings(tiny_source)
+    with locked(target, shared=True), locked(target / ".partial" / "part-1-of-2"):
+        with pytest.raises(RunError, match="part-1-of-2 is locked by another job"):
+            write_part(config, target, 1, 2)
+        assert write_part(config, target, 2, 2) is not None
+        with pytest.raises(RunError, match="dataset is locked by another job"), locked(target):
+            pass
+    with locked(target), pytest.raises(RunError, match="dataset is locked by another job"):
+        write_part(config, target, 1, 2)
+
+
+def test_a_part_of_other_settings_waits_for_nobody_and_takes_over_when_alone(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, other = tmp_path / "dataset", settings(tiny_source, split_seed=1)
+    write_part(settings(tiny_source), target, 1, 2)
+    monkeypatch.setattr(writer, "SECONDS_FOR_OTHERS", 0.0)
+    with (
+        locked(target, shared=True),
+        pytest.raises(RunError, match="other parts are being written from other images or settings"),
+    ):
+        write_part(other, target, 1, 2)
+    for part in (1, 2):
+        write_part(other, target, part, 2)
+    assert "starting over\n" in capsys.readouterr().out
+    assert merge_parts(other, target)[0].digest == write(tiny_source, tmp_path / "undisturbed", split_seed=1).digest
+
+
+def test_a_merge_replaces_an_earlier_data_set(tiny_source: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    target = tmp_path / "made" / "dataset"
+    earlier = write(tiny_source, target, split_seed=1)
+    for part in (1, 2):
+        write_part(settings(tiny_source), target, part, 2)
+    assert load_dataset(target).digest == earlier.digest
+    merge_parts(settings(tiny_source), target)
+    assert files_of(target) == undisturbed
+    (aside,) = [path for path in target.parent.iterdir() if path != target and path.is_dir()]
+    assert load_dataset(aside).digest == earlier.digest
