@@ -73,6 +73,8 @@ class ShardCache:
         try:
             yield True
         finally:
+            # A process that was forked meanwhile has a copy of the descriptor, and closing ours alone would leave it the lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def _make_room(self, part: Path, num_bytes: int) -> None:

@@ -37,9 +37,12 @@ class ResumableLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.delivered = self.batches.start
-        prefetcher = self._prefetcher()
+        upcoming = self.batches.upcoming_shards()
+        batches = super().__iter__()
+        # Only now: a thread that is in the middle of something must not be copied into a loader process.
+        prefetcher = self._prefetcher(upcoming)
         try:
-            for batch in super().__iter__():
+            for batch in batches:
                 self.delivered += 1
                 yield batch
         except ShardlineError as error:
@@ -48,13 +51,13 @@ class ResumableLoader(DataLoader[Batch]):
             if prefetcher is not None:
                 prefetcher.stop()
 
-    def _prefetcher(self) -> Prefetcher | None:
+    def _prefetcher(self, upcoming: Iterator[int]) -> Prefetcher | None:
         """Fetches the shards of a remote data set ahead of this epoch's batches."""
         fetcher = cast(ShardDataset, self.dataset).fetcher
         if fetcher is None:
             return None
         begun = self.delivered
-        return Prefetcher(fetcher, self.batches.upcoming_shards(), lambda: (self.delivered - begun) / len(self)).start()
+        return Prefetcher(fetcher, upcoming, lambda: (self.delivered - begun) / len(self)).start()
 
     def state_dict(self) -> dict[str, int]:
         """The cursor, and what must be the same for it to mean the same place."""
