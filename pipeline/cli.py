@@ -147,7 +147,7 @@ def _shard_part(config: Config, options: "Namespace", part: tuple[int, int], arg
     outcome = write_part(config.dataset, config.dataset_dir, *part, workers=options.workers, trust=options.trust)
     if outcome is None:
         return _up_to_date("shard", config.dataset_dir)
-    left = ", ".join(f"part {number}/{part[1]} ({shards} shards)" for number, shards in outcome.missing.items())
+    left = ", ".join(f"{shards} of part {number}/{part[1]}" for number, shards in outcome.missing.items())
     facts = {
         "shards": f"{outcome.num_done} of {outcome.num_shards} are there",
         "left": left or "nothing",

@@ -109,3 +109,20 @@ def show_table(columns: list[str], rows: list[list[str]]) -> None:
     for first, *others in [columns, *rows]:
         cells = [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))]
         say("  ".join(cells).rstrip())
+
+
+def show_marked(rows: list[tuple[str, str, str]]) -> None:
+    """Print sentences, each after a word for how grave it is, which a terminal shows in colour: (word, colour, sentence)."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        for word, colour, text in rows:
+            table.add_row(Text(word, style=colour), Text(text))
+        Console().print(table)
+        return
+    width = max((len(word) for word, _, _ in rows), default=0)
+    for word, _, text in rows:
+        say(f"{word:<{width}}  {text}")

@@ -56,10 +56,12 @@ def hash_images(listing: Listing, source: ImageSource, encoder: Encoder, partial
             partial.write_json(partial.hashes_path(chunk.number), _hash_chunk(chunk, source, encoder, counter))
 
         chunks = _chunks(listing, _in_turn(missing, share), partial)
-        for _ in run_parallel(hash_chunk, chunks, workers, counter.look):
-            pass
-        counter.look()
-        counter.close()
+        try:
+            for _ in run_parallel(hash_chunk, chunks, workers, counter.look):
+                pass
+        finally:
+            counter.look()
+            counter.close()
 
 
 def _in_turn(numbers: list[int], share: Share) -> list[int]:

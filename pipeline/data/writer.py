@@ -217,10 +217,13 @@ class _Work:
         with progress("write", total, already=already) as show:
             counter = SharedCounter(lambda number: show(already + number))
             packer = Packer(self.source, self.encoder, self.partial, self.plan.task, stats_every, counter)
-            for _ in run_parallel(packer.write, jobs, self.num_workers, counter.look):
-                pass
-            counter.look()
-            counter.close()
+            try:
+                for _ in run_parallel(packer.write, jobs, self.num_workers, counter.look):
+                    pass
+            finally:
+                counter.look()
+                counter.close()
+                self.partial.remove_temporary()  # of processes that ended because another failed
 
 
 def _list(listing: Listing, source: ImageSource, config: DatasetConfig, trust: bool) -> Plan:

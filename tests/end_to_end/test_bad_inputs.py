@@ -110,7 +110,7 @@ def test_verify_finds_a_label_outside_the_classes_in_a_shard(own_data: Path, cap
     )
 
 
-def test_a_corrupt_image_is_named_and_nothing_is_written(
+def test_too_many_corrupt_images_are_named_and_no_data_set_is_made(
     inside: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for class_name in ("cat", "dog"):
@@ -122,8 +122,13 @@ def test_a_corrupt_image_is_named_and_nothing_is_written(
     bad.write_bytes(bad.read_bytes()[:300])
     destination = tmp_path / "shards"
     arguments = ["shard", f"--dataset.source={tmp_path / 'images'}", f"--dataset.path={destination}"]
-    fails_with(capfd, arguments, r"1 image cannot be decoded: dog/3.jpg \(.*\). Replace or remove and run again")
-    assert list(destination.iterdir()) == []
+    fails_with(
+        capfd, arguments, r"1 of 10 images cannot be decoded, .*: dog/3.jpg \(.*\). All of them are in .*/rejected.jsonl"
+    )
+    assert sorted(path.name for path in destination.iterdir()) == [".partial", "rejected.jsonl"]
+    assert main([*arguments, "--max-rejected=0.1"]) == 0
+    assert "1 images: 1 " in capfd.readouterr().out
+    assert not (destination / ".partial").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -167,16 +172,21 @@ def test_a_read_only_folder_is_named(inside: Path, command: str) -> None:
     assert re.search("frozen/.*: Read-only file system. .* choose another folder", line)
 
 
-def test_a_full_disk_leaves_nothing_half_written(inside: Path) -> None:
+def test_a_full_disk_leaves_nothing_half_written_and_a_larger_one_is_gone_on_with(inside: Path) -> None:
     done = with_mount(
-        "mkdir -p small; mount -t tmpfs -o size=400k none small;"
-        "shardline shard --dataset.path=small/digits || code=$?; find small -type f; exit $code",
+        "mkdir -p small; mount -t tmpfs -o size=2500k none small;"
+        "shardline shard --dataset.path=small/digits || code=$?; find small -type f; echo $code;"
+        "mount -o remount,size=20m small; shardline shard --dataset.path=small/digits; ls -A small/digits",
         cwd=inside,
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert re.search("small/digits: No space left on device. The disk is full: free some space", line)
-    assert done.stdout.split() == ["small/.digits.lock"]
+    left, after = done.stdout.split("\n2\n")
+    assert all(path == "small/.digits.lock" or "/.partial/" in path for path in left.split())
+    assert ".tmp" not in left
+    assert "going on with what an interrupted run has done" in after
+    assert after.split()[-8:] == sorted(path.name for path in (inside / "data/digits").iterdir())
 
 
 def test_predict_answers_for_the_good_images_and_names_the_bad(

@@ -99,3 +99,47 @@ def test_the_command_line_imports_no_torch_before_a_verb_needs_it() -> None:
     script = "import sys; from pipeline.cli import main; main(['--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# ---- shard ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "long", "for_others"),
+    [
+        (["--max-side", "512", "--keep-format"], ["--dataset.max_side", "512", "--dataset.keep_format=true"], None),
+        (["--keep-format=false", "--max-rejected=0.1"], ["--dataset.keep_format=false", "--dataset.max_rejected=0.1"], None),
+        (["--fresh", "--workers", "3", "--seed", "1", "--trust"], None, ["--seed", "1"]),
+        (["--workers=3", "--part", "1/2", "--seed=1", "--part=1/2", "--merge"], None, ["--seed=1"]),
+    ],
+)
+def test_other_verbs_are_given_what_they_understand(
+    argv: list[str], long: list[str] | None, for_others: list[str] | None
+) -> None:
+    long = long or argv
+    assert cli._with_long_options(argv) == long
+    assert cli._without_shard_options(long) == (for_others or long)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--part=4/3"], "`--part` is '4/3'; it must be I/N with I from 1 to N, for example 1/4."),
+        (["--part=0/3"], "`--part` is '0/3'"),
+        (["--part=2"], "`--part` is '2'"),
+        (["--part=a/b"], "`--part` is 'a/b'"),
+        (["--part=1/2", "--fresh"], "`--fresh` would remove what the other parts have done"),
+        (["--part=1/2", "--merge"], "`--merge` completes the parts that are there; leave out `--part`"),
+        (["--merge", "--fresh"], "`--merge` completes the parts that are there; leave out `--fresh`"),
+        (["--workers=0"], "`--workers` is 0; it must be 1 or more."),
+        (["--part=1/2", '--dataset.merge=[{"path": "a"}]'], "`--part` writes shards; `dataset.merge` only refers to"),
+        (["--max-sied=3"], "unknown option `--max-sied`. Did you mean `--max-side`?"),
+        (["--max-side=0"], "`dataset.max_side` is 0; it must be 1 or more."),
+    ],
+)
+def test_a_mistake_in_the_options_of_shard_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["shard", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"shardline: error: {message}")

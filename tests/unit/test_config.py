@@ -156,6 +156,12 @@ def test_fractions_that_leave_nothing_to_train_on_are_refused() -> None:
         parse("--dataset.val_fraction", "0.5", "--dataset.test_fraction", "0.5")
 
 
+@pytest.mark.parametrize("background", ["[0, 0]", "[0, 0, 256]", "[-1, 0, 0]", "[1, 2, 3, 4]"])
+def test_a_background_that_is_no_colour_is_refused(background: str) -> None:
+    with pytest.raises(ConfigError, match=r"`dataset\.background` is .*; it must be three numbers from 0 to 255"):
+        parse("--dataset.background", background)
+
+
 @pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "/tmp/x"])
 def test_a_name_that_is_no_plain_folder_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"`name` is '{name}'; it must be a plain folder name"):

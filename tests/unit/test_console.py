@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.console import closing_box, show_table, track
+from pipeline.console import closing_box, progress, say, show_marked, show_table, track
 
 
 class Terminal(io.StringIO):
@@ -47,6 +47,23 @@ def test_long_work_tells_a_log_how_far_it_is_a_few_times_a_minute(
     ]
 
 
+def test_what_an_earlier_run_has_done_counts_for_the_bar_but_not_for_the_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = itertools.count(step=20)
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "monotonic", lambda: float(next(clock)))
+        with progress("write", total=1000, already=600) as show:
+            show(600)
+            show(700)
+    assert capsys.readouterr().out == "write: 700 of 1,000 images, 2/s, 120 s left\n"
+
+
+def test_a_name_that_is_no_text_can_be_said(capsys: pytest.CaptureFixture[str]) -> None:
+    say("caf\udce9.jpg")
+    assert capsys.readouterr().out == "caf\\udce9.jpg\n"
+
+
 def test_a_terminal_gets_a_bar_that_ends_full(terminal: Callable[[], Terminal]) -> None:
     screen = terminal()
     assert list(track(range(4), "shard", total=4)) == [0, 1, 2, 3]
@@ -79,3 +96,17 @@ def test_a_table_on_a_terminal_shows_brackets_as_they_are(terminal: Callable[[],
     show_table(["[class]", "n"], [["[bold]", "7"]])
     assert "[class]" in screen.getvalue()
     assert "[bold]" in screen.getvalue()
+
+
+def test_marked_sentences_in_a_log_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    show_marked([("problem", "bold red", "This is wrong."), ("note", "dim", "That is so.")])
+    assert capsys.readouterr().out == "problem  This is wrong.\nnote     That is so.\n"
+
+
+def test_marked_sentences_on_a_terminal_wrap_beside_their_mark(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    show_marked([("look", "yellow", f"{'word ' * 30}[end]")])
+    first, second = screen.getvalue().rstrip("\n").splitlines()
+    assert "look" in first
+    assert second.startswith("      word")
+    assert "[end]" in second

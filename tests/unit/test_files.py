@@ -92,6 +92,19 @@ def test_moving_aside_within_one_second_never_overwrites(tmp_path: Path, monkeyp
     assert [(tmp_path / name / "file").read_text() for name in names] == ["first", "second", "third"]
 
 
+def test_a_folder_can_be_moved_aside_under_the_name_of_another(tmp_path: Path) -> None:
+    (tmp_path / "data" / ".partial" / "earlier").mkdir(parents=True)
+    aside = move_aside(tmp_path / "data" / ".partial" / "earlier", like=tmp_path / "data")
+    assert aside.parent == tmp_path
+    assert aside.name.startswith("data.2")
+    assert aside.is_dir()
+
+
+def test_two_jobs_that_write_the_same_file_do_not_share_a_temporary_one(tmp_path: Path) -> None:
+    names = {files.temporary_name(tmp_path / "a.json", owner).name for owner in ("", "part-1-of-2", "part-2-of-2")}
+    assert names == {".a.json.tmp", ".a.json.part-1-of-2.tmp", ".a.json.part-2-of-2.tmp"}
+
+
 def test_a_locked_folder_refuses_a_second_job_and_names_the_first(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "digits"
     with locked(run_dir):
@@ -103,6 +116,16 @@ def test_a_locked_folder_refuses_a_second_job_and_names_the_first(tmp_path: Path
             pass
     with locked(run_dir):  # free again
         pass
+
+
+def test_several_jobs_can_share_a_lock_which_then_is_nobody_s_alone(tmp_path: Path) -> None:
+    with locked(tmp_path / "run", shared=True):
+        with locked(tmp_path / "run", shared=True):
+            pass
+        with pytest.raises(RunError, match="is locked by another job"), locked(tmp_path / "run"):
+            pass
+    with locked(tmp_path / "run"), pytest.raises(RunError, match="is locked by another job"):
+        locked(tmp_path / "run", shared=True).__enter__()
 
 
 def test_a_lock_is_free_again_after_an_error_inside_it(tmp_path: Path) -> None:
