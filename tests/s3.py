@@ -105,7 +105,7 @@ class Faults:
     corrupt_always: Callable[[str], bool] = lambda _: False
     slow_seconds: float = 0.0
     log: list[tuple[str, str]] = field(default_factory=list)
-    draw: random.Random = field(default_factory=lambda: random.Random(0))
+    draw: random.Random = field(default_factory=lambda: random.Random(1))
     done: set[tuple[str, str]] = field(default_factory=set)
 
     def once(self, what: str, path: str, chosen: Callable[[str], bool]) -> bool:
