@@ -186,7 +186,7 @@ def _dataset_facts(manifest: DatasetManifest, folder: Path) -> dict[str, str]:
         facts["ignored"] = f"{manifest.info['num_ignored']:,} files that are no images"
     if manifest.info.get("num_rejected"):
         reasons = "; ".join(f"{number:,} {reason}" for reason, number in manifest.info["rejected"].items())
-        facts["rejected"] = f"{manifest.info['num_rejected']:,} images: {reasons} (rejected.jsonl)"
+        facts["rejected"] = f"{reasons} (see rejected.jsonl)"
     return facts
 
 

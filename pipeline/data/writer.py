@@ -35,6 +35,8 @@ from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset
 TRUSTED_STATISTICS = 500
 IMAGES_WORTH_A_WORKER = 200
 SECONDS_FOR_OTHERS = 30.0
+# The processes of a part that was killed a moment ago still hold its lock.
+SECONDS_TO_END = 2.0
 
 
 def preparation_of(config: DatasetConfig, kind: str, *, trust: bool = False) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def write_part(
             with (
                 _explained(partial),
                 locked(folder, shared=True),
-                locked(partial.root / share.owner),
+                locked(partial.root / share.owner, wait_seconds=SECONDS_TO_END),
                 Listing(partial.root / f"images-{share.owner}.sqlite") as listing,
             ):
                 plan = _list(listing, source, config, trust)
@@ -274,6 +276,9 @@ def _up_to_date(config: DatasetConfig, folder: Path) -> DatasetManifest | None:
     if not (folder / MANIFEST_NAME).is_file():
         return None
     manifest = load_dataset(folder)
+    if manifest.preparation.get("source") == "index":
+        say(f"{folder}: holds shards that `shardline index` adopted; they stay unless --fresh is given")
+        return manifest
     with contextlib.closing(open_source(config)) as source:
         wanted = preparation_of(config, source.kind)
         # Images that were not decoded when they were written are the same images.
@@ -290,7 +295,7 @@ def _remove_what_is_left(partial: Partial, manifest: DatasetManifest) -> None:
     """Finish a run that was killed when all but the removal of its own files was done."""
     if partial.root.exists():
         plan = partial.read_plan()
-        if plan is None or plan.fingerprint == manifest.info["source_fingerprint"]:
+        if plan is None or plan.fingerprint == manifest.info.get("source_fingerprint"):
             partial.remove()
 
 

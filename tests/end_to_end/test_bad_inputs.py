@@ -127,7 +127,7 @@ def test_too_many_corrupt_images_are_named_and_no_data_set_is_made(
     )
     assert sorted(path.name for path in destination.iterdir()) == [".partial", "rejected.jsonl"]
     assert main([*arguments, "--max-rejected=0.1"]) == 0
-    assert "1 images: 1 " in capfd.readouterr().out
+    assert "rejected  1 " in capfd.readouterr().out
     assert not (destination / ".partial").exists()
 
 

@@ -145,7 +145,7 @@ def test_three_jobs_at_once_of_which_one_is_killed_make_the_same_data_set(
     assert "left    nothing" in last.stdout
     merge = shardline(*last.stdout.split("shardline ")[1].split(), cwd=tmp_path)
     assert merge.returncode == 0, merge.stderr
-    assert "1 images: 1 image file is truncated" in merge.stdout
+    assert "rejected  1 image file is truncated" in merge.stdout
     require_same(target, undisturbed)
 
 

@@ -543,6 +543,18 @@ def test_a_fresh_start_uses_nothing_of_an_interrupted_run(
     assert len(names) == 5
 
 
+def test_shards_that_were_adopted_are_not_replaced_by_images(
+    tiny_dataset: DatasetManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # `make train` runs `shard` first, and a configuration that only names the shards has the digits as its source.
+    target = tmp_path / "made" / "dataset"
+    shutil.copytree(tiny_dataset.folder, target)
+    adopted = dataclasses.replace(tiny_dataset, folder=target, preparation={"source": "index"}).save()
+    assert prepare_dataset(DatasetConfig(source="digits"), target) == (load_dataset(target), False)
+    assert "holds shards that `shardline index` adopted; they stay unless --fresh" in capsys.readouterr().out
+    assert load_dataset(target).digest == adopted.digest
+
+
 def test_a_damaged_data_set_is_reported_and_not_silently_replaced(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "dataset"
     prepare_dataset(settings(folder), target)
@@ -645,7 +657,10 @@ def test_an_undivided_run_goes_on_with_what_parts_have_done(
     assert files_of(target) == undisturbed
 
 
-def test_the_same_part_twice_at_once_is_refused_and_others_are_not(tiny_source: Path, tmp_path: Path) -> None:
+def test_the_same_part_twice_at_once_is_refused_and_others_are_not(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SECONDS_TO_END", 0.0)
     target, config = tmp_path / "dataset", settings(tiny_source)
     with locked(target, shared=True), locked(target / ".partial" / "part-1-of-2"):
         with pytest.raises(RunError, match="part-1-of-2 is locked by another job"):
