@@ -170,6 +170,8 @@ def read_thumbnails(samples: Samples, places: Places, workers: int | None = None
     """Decode the images at `places` (ascending) once more."""
     pixels = np.zeros((len(places), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), np.uint8)
     jobs = range(0, len(places), SAMPLES_A_JOB)
+    if not len(places):
+        return Thumbnails(places, pixels)
     with progress("compare", len(places)) as show:
         done = 0
         for first, piece in run_parallel(lambda first: (first, _shrink(samples, places, first)), jobs, workers):

@@ -15,7 +15,7 @@ import numpy as np
 
 import pipeline
 from pipeline.config import DataConfig
-from pipeline.console import say, show_table
+from pipeline.console import say, show_marked, show_table
 from pipeline.data.duplicates import MAX_BITS, MAX_LEVELS, CopyGroup, Duplicates, find_duplicates
 from pipeline.data.figures import BRIGHTNESS_EDGES, DESCRIPTIONS, Figures, compute_figures
 from pipeline.data.findings import count_leaks, count_repeats, find_findings, imbalance
@@ -23,13 +23,14 @@ from pipeline.data.measure import Measurement, measure
 from pipeline.data.samples import Labels, Samples
 from pipeline.errors import DataError
 from pipeline.manifest import DatasetManifest
-from pipeline.report.html import Finding
+from pipeline.report.html import Finding, Level
 
 PAGE, FIGURES = "inspect.html", "inspect.json"
 FORMAT_VERSION = 1
 GROUPS_LISTED = 1000
 MEMBERS_LISTED = 100
 SUSPICIOUS_LISTED = 100
+COLOURS: dict[Level, str] = {"good": "green", "note": "dim", "look": "yellow", "problem": "bold red"}
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,7 @@ def describe_samples(inspection: Inspection, places: list[int]) -> list[dict[str
 
 def say_summary(inspection: Inspection) -> None:
     """Print the findings and a table of the splits."""
-    for finding in inspection.findings:
-        say(f"{finding.level:<8} {finding.text}")
+    show_marked([(finding.level, COLOURS[finding.level], finding.text) for finding in inspection.findings])
     say("")
     rows = []
     for split, figures in inspection.figures.splits.items():

@@ -52,7 +52,8 @@ def write_inspection(inspection: Inspection, folder: Path, seed: int = 0, worker
     manifest = inspection.samples.manifest
     sections = build_sections(inspection, seed, workers)
     subtitle = f"{manifest.url or manifest.folder} · digest {manifest.digest[:12]} · Shardline {pipeline.__version__}"
-    write_page(folder / PAGE, f"Data set {manifest.folder.resolve().name}", sections, subtitle)
+    name = (manifest.url or str(manifest.folder.resolve())).rstrip("/").rsplit("/", 1)[-1]
+    write_page(folder / PAGE, f"Data set {name}", sections, subtitle)
     write_json(folder / FIGURES, as_json(inspection))
 
 
@@ -102,6 +103,8 @@ class Gallery:
 
 def make_pictures(samples: Samples, places: Sequence[int], workers: int | None = None) -> dict[int, bytes]:
     """A small upright JPEG of each of the `places` (ascending); no bytes for an image that cannot be decoded."""
+    if not places:
+        return {}
     jobs = (places[first : first + PICTURES_A_JOB] for first in range(0, len(places), PICTURES_A_JOB))
     pictures: dict[int, bytes] = {}
 

@@ -143,11 +143,10 @@ _BIT_VALUES = np.uint64(1) << np.arange(64, dtype=np.uint64)
 def perceptual_hash(image: Image.Image) -> int:
     """64 bits that survive another encoding and size: which low frequencies of the cosine transform exceed their median.
 
-    The mean is left out, so that brightness does not count. (pHash: Zauner, 2010. On crops of photographs its bits change
-    less than those of a difference hash, and skies are not all alike.)
+    Brightness does not count: it changes the mean alone, whose bit is always set. (pHash: Zauner, 2010. On crops of
+    photographs its bits change less than those of a difference hash, and skies are not all alike.)
     """
     small = image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     waves = _COSINES @ np.asarray(small, np.float64) @ _COSINES.T  # (frequencies, frequencies)
-    waves[0, 0] = 0.0
     above = waves.ravel() > np.median(waves)
     return int(_BIT_VALUES[above].sum())

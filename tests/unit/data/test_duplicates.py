@@ -7,7 +7,15 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data import duplicates as searching
-from pipeline.data.duplicates import MAX_BITS, Duplicates, connect, find_candidates, find_duplicates, find_same_bytes
+from pipeline.data.duplicates import (
+    MAX_BITS,
+    Duplicates,
+    Thumbnails,
+    connect,
+    find_candidates,
+    find_duplicates,
+    find_same_bytes,
+)
 from pipeline.data.figures import find_suspicious
 from pipeline.data.measure import measure
 from pipeline.data.samples import Labels, Samples
@@ -69,14 +77,15 @@ def test_pictures_that_share_a_hash_but_not_their_pixels_are_no_copies(tmp_path:
     assert search(tmp_path / "data", {"train": train}).groups == []
 
 
-def test_faint_pictures_must_agree_in_what_little_they_show(tmp_path: Path) -> None:
-    rise = np.linspace(200, 212, 64)
-    sky = np.repeat(np.tile(rise, (48, 1))[..., None], 3, axis=2)
-    spread = np.repeat(np.tile(200 + 2.2 * (rise - 200), (48, 1))[..., None], 3, axis=2)
-    train = [
-        Sample(name, encode(Image.fromarray(p.astype(np.uint8)), "PNG"), 0) for name, p in (("sky", sky), ("other", spread))
-    ]
-    assert search(tmp_path / "data", {"train": train}).groups == []
+def test_faint_pictures_must_agree_in_what_little_they_show() -> None:
+    stripes = np.zeros((16, 16, 3), np.int64)
+    stripes[:, ::2] = 1
+    strong, faint = 60 + 120 * stripes, 60 + 8 * stripes  # they vary by 60 and by 4 levels: 25 % are 15 and 1
+    pixels = np.stack([strong, strong + 7, strong + 9, faint, faint + 2, faint + 3]).astype(np.uint8)
+    thumbnails = Thumbnails(np.arange(10, 16), pixels)
+    pairs = np.array([[10, 11], [10, 12], [13, 14], [13, 15]])
+    assert thumbnails.distances(pairs).tolist() == [7, 9, 2, 3]
+    assert thumbnails.alike(pairs).tolist() == [True, False, True, False]
 
 
 def test_copies_with_other_labels_are_told(tmp_path: Path) -> None:
@@ -98,8 +107,8 @@ def test_labels_of_several_classes_are_compared_as_a_whole(tmp_path: Path) -> No
 
 def test_the_pair_that_is_shown_differs_in_label_and_split_where_any_does(tmp_path: Path) -> None:
     train = [Sample("a", jpeg(1), 0), Sample("b", jpeg(1), 0), Sample("c", jpeg(1), 1)]
-    (group,) = search(tmp_path / "data", {"train": train, "test": [Sample("x", jpeg(1), 1)]}).groups
-    assert (group.members, group.pair) == ((0, 1, 2, 3), (0, 3))
+    (group,) = search(tmp_path / "data", {"train": train, "test": [Sample("x", jpeg(1), 0)]}).groups
+    assert (group.members, group.pair) == ((0, 1, 2, 3), (2, 3))
 
 
 def test_blank_and_damaged_images_are_no_copies_of_each_other(tmp_path: Path) -> None:
@@ -173,6 +182,16 @@ def test_a_flood_of_equal_hashes_is_bounded_and_says_so(monkeypatch: pytest.Monk
     assert 60 < len(pairs) <= 110
     assert not complete
     assert len(set(connect(50, pairs).tolist())) == 1  # still one group
+
+
+def test_more_pairs_than_can_be_kept_are_said_to_be_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "MAX_PAIRS", 30)
+    bits = np.uint64(1) << np.arange(0, 64, 8, dtype=np.uint64)
+    bases = np.arange(1, 21, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # far from each other
+    hashes = np.concatenate([bases, bases ^ bits[0] ^ bits[7], bases ^ bits[2] ^ bits[5]])
+    pairs, complete = find_candidates(hashes, np.arange(60))
+    assert len(pairs) > 30
+    assert not complete
 
 
 def test_a_search_that_was_cut_short_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

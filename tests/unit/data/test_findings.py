@@ -109,6 +109,14 @@ def test_an_odd_image_is_a_reason_to_look_and_a_damaged_one_a_problem(tmp_path: 
     ]
 
 
+def test_the_gravest_come_first(tmp_path: Path) -> None:
+    train = [*samples(0, 5), Sample("broken", b"?", 1)]
+    found = lines(tmp_path / "data", {"train": train})
+    assert [line.split(":")[0] for line in found] == ["problem", "look"]
+    assert "undecodable" in found[0]
+    assert "fewer than 10 samples" in found[1]
+
+
 def test_what_most_images_are_is_only_noted(tmp_path: Path) -> None:
     found = lines(tmp_path / "data", {"train": samples(0, 24, size=(16, 12))})
     assert found == ["note: All 24 images are tiny: a side below 32 pixels."]

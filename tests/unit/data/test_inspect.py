@@ -52,6 +52,16 @@ def test_every_figure_is_in_the_file_for_machines(manifest: DatasetManifest) -> 
     assert values["findings"][0]["level"] == "problem"
 
 
+def test_blank_images_are_no_copies_of_each_other(tmp_path: Path) -> None:
+    white = encode(Image.new("RGB", (60, 45), "white"), "PNG")
+    samples = [Sample(f"{n}", white, n % 2) for n in range(4)]
+    inspection = inspect_dataset(
+        make_dataset(tmp_path / "blank", {"train": samples, "test": samples}, ["a", "b"]), DataConfig(), 1
+    )
+    assert inspection.duplicates.groups == []
+    assert len(inspection.figures.suspicious["blank"]) == 8
+
+
 def test_the_verb_writes_two_files_whatever_it_finds_and_names_the_next_command(
     manifest: DatasetManifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,10 +137,11 @@ def test_a_damaged_data_set_is_a_mistake_to_mend(
     assert not (manifest.folder / "inspect.html").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--workers", "0"], ["--output", "/nowhere/at/all"]])
+@pytest.mark.parametrize("arguments", [["--workers", "0"], ["--output", "{}/no/such/folder"]])
 def test_wrong_options_are_refused_before_the_work(
     manifest: DatasetManifest, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
+    arguments = [argument.format(manifest.folder.parent) for argument in arguments]
     assert main(["inspect", str(manifest.folder), *arguments]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 

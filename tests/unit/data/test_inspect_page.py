@@ -3,6 +3,7 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -138,6 +139,14 @@ def test_thumbnails_keep_the_shape_and_enlarge_tiny_images_by_whole_pixels() -> 
     assert size(40, 20) == (40, 80)
     assert size(60, 50) == (50, 60)
     assert draw_small(b"no image", WHITE) == b""
+
+
+def test_the_pixels_of_a_tiny_image_stay_sharp() -> None:
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    pixels[:, 1] = 255
+    enlarged = np.asarray(Image.open(io.BytesIO(draw_small(as_png(pixels), WHITE))).convert("L"))  # (96, 96)
+    assert enlarged[:, :40].max() < 20
+    assert enlarged[:, 56:].min() > 235
 
 
 def test_thumbnails_are_upright() -> None:
