@@ -35,7 +35,7 @@ a{{color:var(--link)}}
 .figure dt{{color:var(--faint);font-size:.82rem}}
 .wide{{display:inline-block;vertical-align:top;max-width:100%;overflow-x:auto;margin:.75rem 2.5rem .75rem 0}}
 .wide.chart{{display:block;margin-right:0}}
-table{{border-collapse:collapse;font-size:.9rem}}
+table{{border-collapse:collapse;font-size:.9rem;overflow-wrap:break-word}}
 caption{{text-align:left;padding-bottom:.25rem;font-size:.88rem}}
 thead th{{text-align:left;font-weight:600;border-bottom:1px solid var(--line);padding:.25rem .9rem .25rem 0;white-space:nowrap}}
 tbody td{{border-bottom:1px solid var(--line);padding:.25rem .9rem .25rem 0;vertical-align:top;unicode-bidi:isolate}}
