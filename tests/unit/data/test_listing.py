@@ -9,7 +9,7 @@ from pipeline.data import listing as listing_module
 from pipeline.data.listing import Fingerprint, Listing
 from pipeline.data.sources import ListedImage
 from pipeline.errors import DataError
-from tests.unit.data.given import GivenImages, classes, listing_of
+from tests.unit.data.given import Given, GivenImages, classes, listing_of
 
 ODD_NAMES = ["a b/ü.jpg", "caf\udce9.png", "\ud800/1.jpg", "line\nbreak.jpg", "z"]
 
@@ -60,6 +60,15 @@ def test_chunks_cut_the_list_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         chunks = [listing.chunk(number) for number in range(listing.num_chunks)]
     assert sizes == [len(chunk) for chunk in chunks] == [4, 4, 1]
     assert [name for chunk in chunks for name, _ in chunk] == [image.name for image in images]
+
+
+def test_byte_identical_images_belong_to_the_class_of_the_first_by_name(tmp_path: Path) -> None:
+    images = [*classes(3, 3), Given("9.jpg", (0,), None, b"same"), Given("10.jpg", (1,), None, b"same")]
+    with listing_of(images, tmp_path / "images.sqlite") as listing:
+        assert listing.num_open_by_label() == {0: 3, 1: 5}
+        assert [(group.label, group.size) for group in listing.open_groups(lambda content: content) if group.size > 1] == [
+            (1, 2)
+        ]
 
 
 def test_a_name_that_comes_twice_is_refused(listing: Listing) -> None:

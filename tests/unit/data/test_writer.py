@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipeline.data.writer import PartOutcome, merge_parts, prepare_dataset, writ
 from pipeline.errors import DataError, RunError, ShardlineError
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset, open_index, open_labels
+from tests.processes import wait_until
 from tests.unit.conftest import TINY_SPLIT, ImageFolder
 from tests.unit.data.given import Given, GivenImages, classes
 from tests.unit.data.images import as_jpeg, noise
@@ -326,6 +328,31 @@ def test_a_full_disk_is_one_clear_line_and_gives_nothing_its_name(
     assert write(folder, tmp_path / "dataset").digest == write(folder, tmp_path / "undisturbed").digest
 
 
+class TwoAtOnce(GivenImages):
+    """One shard is half written when the machine fails while another is."""
+
+    shards_dir: Path
+
+    def read(self, name: str) -> bytes:
+        if self.shards_dir.exists():  # all is hashed
+            wait_until(lambda: len(list(self.shards_dir.glob(".*.tmp"))) == 2, "two shards at once", seconds=20)
+            try:
+                (self.shards_dir / "somebody failed").touch(exist_ok=False)
+            except FileExistsError:
+                time.sleep(20)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().read(name)
+
+
+def test_a_process_that_ends_because_another_failed_leaves_nothing_half_written(tmp_path: Path) -> None:
+    source = TwoAtOnce(classes(4))
+    source.shards_dir = tmp_path / "dataset/.partial/shards"
+    config = dataclasses.replace(TINY_SPLIT, val_fraction=0.0, test_fraction=0.0, samples_per_shard=2)
+    with pytest.raises(ShardlineError, match="Too many open files"):
+        write_dataset(source, config, tmp_path / "dataset", workers=2)
+    assert [path.name for path in source.shards_dir.iterdir()] == ["somebody failed"]
+
+
 class Interruption(BaseException):
     """Stands for a kill: nothing catches it."""
 
@@ -435,6 +462,19 @@ def test_no_shard_of_an_attempt_that_was_cut_short_at_the_end_stays_among_those_
     assert sorted(path.name for path in target.glob("*.tar")) == sorted(
         shard.name for split in manifest.splits.values() for shard in split.shards
     )
+
+
+def test_a_run_that_was_killed_among_the_last_renames_has_nothing_to_do_but_the_rest(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, Path, "rename", 8)
+        with pytest.raises(Interruption):
+            write(folder, tmp_path / "dataset", samples_per_shard=1)
+    monkeypatch.setattr(Packer, "write", None)
+    monkeypatch.setattr(writer, "assemble", None)
+    manifest = write(folder, tmp_path / "dataset", samples_per_shard=1)
+    assert load_dataset(tmp_path / "dataset") == manifest
 
 
 def test_a_run_that_was_killed_while_it_cleaned_up_is_finished_by_the_next(
