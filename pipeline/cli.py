@@ -18,6 +18,7 @@ from pipeline.console import closing_box, say
 from pipeline.errors import ConfigError, DataError, ShardlineError, explain_os_error, nearest
 from pipeline.files import locked
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset, read_manifest
+from pipeline.remote import is_url
 from pipeline.run import CONFIG_NAME, RunRecord, Stage, open_run, require_run
 
 if TYPE_CHECKING:
@@ -118,6 +119,9 @@ def shard(argv: list[str]) -> int:
     for short, long in SHORT_OPTIONS.items():
         parser.add_argument(short, help=f"short for {long}")
     config, options = parse_config(parser, argv)
+    if is_url(config.dataset_location):
+        load_dataset(config.dataset_location, config.data.cache_folder)
+        return _up_to_date("shard", config.dataset_location)
     part = _part_of(options)
     if part:
         return _shard_part(config, options, part, argv)
@@ -126,7 +130,9 @@ def shard(argv: list[str]) -> int:
 
     with locked(config.dataset_dir, wait_seconds=SECONDS_TO_END):
         if config.dataset.merge:
-            manifest, made = merge_datasets(config.dataset.merge, config.dataset_dir, fresh=options.fresh)
+            manifest, made = merge_datasets(
+                config.dataset.merge, config.dataset_dir, config.data.cache_folder, fresh=options.fresh
+            )
         elif options.merge:
             manifest, made = merge_parts(config.dataset, config.dataset_dir)
         else:
@@ -220,7 +226,7 @@ def index(argv: list[str]) -> int:
     parser.add_argument("folder", nargs="?", help="folder of the shards; the run's data set when left out")
     for split in ("train", "val", "test"):
         parser.add_argument(f"--{split}", default="", help=f"shards of {split}: glob or brace patterns, separated by commas")
-    parser.add_argument("--stream", default="", help="shards to train on as a stream, unread: patterns, URLs, or a listing URL/")
+    parser.add_argument("--stream", default="", help="shards to train on as a stream: patterns, URLs, or a listing URL/")
     parser.add_argument("--label", default="cls", help="where labels are: cls, txt or json:FIELD")
     parser.add_argument("--image", default="", help="extension of the images; default: any known one")
     parser.add_argument("--classes", help="file with the class names, one a line; default: classes.txt, or from the labels")
@@ -251,9 +257,12 @@ def verify(argv: list[str]) -> int:
     parser = _parser(verify, positional="[PATH] ")
     parser.add_argument("path", nargs="?", help="data set folder or model file; the run's data set when left out")
     config, options = parse_config(parser, argv)
-    path = config.dataset_dir if options.path is None else Path(options.path)
+    location = config.dataset_location if options.path is None else str(options.path)
+    if is_url(location):
+        return _verify_dataset(load_dataset(location, config.data.cache_folder), config)
+    path = Path(location)
     if options.path is None or path.is_dir() or path.name == MANIFEST_NAME:
-        return _verify_dataset(path.parent if path.name == MANIFEST_NAME else path)
+        return _verify_dataset(read_manifest(path.parent if path.name == MANIFEST_NAME else path), config)
     if not path.exists():
         raise DataError(f"{path}: no such data set folder or model file.")
     from pipeline.serving.predictor import verify_model
@@ -262,14 +271,13 @@ def verify(argv: list[str]) -> int:
     return 0
 
 
-def _verify_dataset(folder: Path) -> int:
+def _verify_dataset(manifest: DatasetManifest, config: Config) -> int:
     from pipeline.console import track
     from pipeline.data.verify import num_files, verify_dataset
 
-    manifest = read_manifest(folder)
     number = num_files(manifest)
     defects = []
-    for _, found in track(verify_dataset(manifest), "verify", number, "files"):
+    for _, found in track(verify_dataset(manifest, config=config.data), "verify", number, "files"):
         defects += found
     if defects:
         for defect in defects[1:]:
@@ -336,7 +344,7 @@ def _without_options(argv: list[str], options: dict[str, int]) -> list[str]:
 def check(argv: list[str]) -> int:
     """Run the sanity checks; exit 3 when one is red."""
     config, _ = parse_config(_parser(check), argv)
-    manifest = load_dataset(config.dataset_dir)
+    manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     with locked(config.run_dir):
         if _is_done("check", config, manifest):
             return _up_to_date("check", config.run_dir / "check")
@@ -361,7 +369,7 @@ def train(argv: list[str]) -> int:
     config, options = parse_config(parser, argv)
     if distributed.is_rank():
         return distributed.run_rank(lambda: _train_rank(config), config.run_dir / "exit")
-    manifest = load_dataset(config.dataset_dir)
+    manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     with locked(config.run_dir):
         if not options.fresh and _is_done("train", config, manifest):
             return _up_to_date("train", config.run_dir)
@@ -395,7 +403,7 @@ def evaluate(argv: list[str]) -> int:
     config, _ = parse_config(_parser(evaluate), argv)
     if distributed.is_rank():
         return distributed.run_rank(lambda: _evaluate_rank(config), config.run_dir / "exit")
-    manifest = load_dataset(config.dataset_dir)
+    manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     with locked(config.run_dir):
         record, _ = require_run(config, manifest)
         if _is_done("evaluate", config, manifest):
@@ -435,7 +443,7 @@ def _show_result(run_dir: Path, next_command: str) -> None:
 def export(argv: list[str]) -> int:
     """Publish the best checkpoint as ONNX, if it gives the trained answers; exit 3 if not."""
     config, _ = parse_config(_parser(export), argv)
-    manifest = load_dataset(config.dataset_dir)
+    manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     with locked(config.run_dir):
         record, spec = require_run(config, manifest)
         if _is_done("export", config, manifest):
@@ -465,10 +473,10 @@ def replay(argv: list[str]) -> int:
     run_dir = Path(options.run)
     record = RunRecord.require(run_dir)
     config = load_config(run_dir / CONFIG_NAME)
-    manifest = load_dataset(config.dataset_dir)
+    manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     if manifest.digest != record.data_digest:
         raise DataError(
-            f"{config.dataset_dir}: holds the data set {manifest.digest[:12]}, but {run_dir} was trained on "
+            f"{config.dataset_location}: holds the data set {manifest.digest[:12]}, but {run_dir} was trained on "
             f"{record.data_digest[:12]}. Put that one back to replay its steps."
         )
     from pipeline.data.replay import draw_step, replay_step
@@ -496,7 +504,7 @@ def _is_done(stage: Stage, config: Config, manifest: DatasetManifest) -> bool:
     return record.stage_is_done(stage, record.inputs_of(stage, config, manifest.evaluation_split))
 
 
-def _up_to_date(stage: str, where: Path) -> int:
+def _up_to_date(stage: str, where: Path | str) -> int:
     say(f"{stage}: nothing to do, {where} is up to date")
     return 0
 

@@ -45,12 +45,14 @@ class Member:
     translation: npt.NDArray[np.int32]
 
 
-def merge_datasets(entries: list[dict[str, Any]], folder: Path, *, fresh: bool = False) -> tuple[DatasetManifest, bool]:
+def merge_datasets(
+    entries: list[dict[str, Any]], folder: Path, cache_folder: Path, *, fresh: bool = False
+) -> tuple[DatasetManifest, bool]:
     """Return the data set in `folder` over those of `entries` ({path, weight}), and whether it had to be written.
 
     Raises ConfigError for entries of another form, DataError for data sets that do not fit together.
     """
-    members = open_members(entries)
+    members = open_members(entries, cache_folder)
     preparation = {
         "source": "merge",
         "members": [{"digest": member.manifest.digest, "weight": member.weight} for member in members],
@@ -88,7 +90,7 @@ def merge_datasets(entries: list[dict[str, Any]], folder: Path, *, fresh: bool =
     return replace(manifest, folder=folder), True
 
 
-def open_members(entries: list[dict[str, Any]]) -> list[Member]:
+def open_members(entries: list[dict[str, Any]], cache_folder: Path) -> list[Member]:
     """Load the data sets of `dataset.merge`. The first one's classes are those of all; another may lack some of them."""
     manifests = []
     for entry in entries:
@@ -98,7 +100,7 @@ def open_members(entries: list[dict[str, Any]]) -> list[Member]:
             raise ConfigError(f"`dataset.merge` holds {entry}; each entry is {{path: FOLDER, weight: NUMBER}}.")
         if not 0 < weight < float("inf"):
             raise ConfigError(f"`dataset.merge`: the weight of {entry['path']} is {weight}; it must be greater than 0.")
-        manifests.append((load_dataset(Path(entry["path"])), float(weight)))
+        manifests.append((load_dataset(str(entry["path"]), cache_folder), float(weight)))
     digests = [manifest.digest for manifest, _ in manifests]
     for place, digest in enumerate(digests):
         if digest in digests[:place]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.config import DataConfig
+from pipeline.data.cache import ShardFetcher, fetcher_for
 from pipeline.data.labels import SampleRule
 from pipeline.data.parallel import run_parallel
 from pipeline.data.shards import read_samples
@@ -26,8 +28,14 @@ class ShardJob:
     shard: ShardEntry
 
 
-def verify_dataset(manifest: DatasetManifest, workers: int | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Verify every file, shards in parallel; yield (file name, defects found in it) as each is done."""
+def verify_dataset(
+    manifest: DatasetManifest, workers: int | None = None, config: DataConfig | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Verify every file, shards in parallel; yield (file name, defects found in it) as each is done.
+
+    Remote shards are fetched into the cache that `config` names.
+    """
+    fetchers = {split: fetcher_for(manifest, split, config or DataConfig()) for split in manifest.splits}
     yield "", list(_strange_shards(manifest))
     jobs = []
     for split_name, split in manifest.splits.items():
@@ -38,7 +46,7 @@ def verify_dataset(manifest: DatasetManifest, workers: int | None = None) -> Ite
         for number, shard in enumerate(split.shards):
             jobs.append(ShardJob(split_name, number, first, shard))
             first += shard.num_samples
-    yield from run_parallel(lambda job: (job.shard.name, _shard_defects(manifest, job)), jobs, workers)
+    yield from run_parallel(lambda job: (job.shard.name, _shard_defects(manifest, job, fetchers[job.split])), jobs, workers)
 
 
 def num_files(manifest: DatasetManifest) -> int:
@@ -94,8 +102,11 @@ def _file_defects(path: Path, sha256: str) -> list[str]:
     return [] if sha256_of(path) == sha256 else [f"{path}: its sha256 is not the manifest's."]
 
 
-def _shard_defects(manifest: DatasetManifest, job: ShardJob) -> list[str]:
-    path = manifest.folder / job.shard.name
+def _shard_defects(manifest: DatasetManifest, job: ShardJob, fetcher: ShardFetcher | None) -> list[str]:
+    try:
+        path = manifest.folder / job.shard.name if fetcher is None else fetcher(job.number)
+    except DataError as error:
+        return [str(error)]
     if not path.is_file():
         return [f"{path}: is missing."]
     size = path.stat().st_size

@@ -107,8 +107,7 @@ def test_shards_without_an_index_are_trained_on_from_the_web(workspace: Path, tm
         done = shardline("train", *settings, cwd=workspace)
         assert done.returncode == 2
         assert "say `data.steps_per_epoch`" in done.stderr
-        settings = (*settings, "--data.steps_per_epoch=16")
-        done = shardline("train", *settings, cwd=workspace)
+        done = shardline("train", *settings, "--data.steps_per_epoch=16", cwd=workspace)
         assert done.returncode == 0, done.stderr
         assert "its shards have no index" in done.stdout
         done = shardline("replay", "runs/streamed", "--step=3", cwd=workspace)

@@ -8,6 +8,7 @@ import itertools
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,12 +30,11 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DatasetManif
 def simulated(loader: ResumableLoader, num_workers: int, start_method: str, epoch: int) -> list[list[int]]:
     """The samples of each local batch as `num_workers` loader processes would make them, -1 for padding."""
     loader.batches.set_epoch(epoch)
-    copies = [
-        loader.dataset if start_method == "fork" else pickle.loads(pickle.dumps(loader.dataset)) for _ in range(num_workers)
-    ]
+    dataset: Any = loader.dataset
+    copies = [dataset if start_method == "fork" else pickle.loads(pickle.dumps(dataset)) for _ in range(num_workers)]
     found = []
     for number, refs in enumerate(pickle.loads(pickle.dumps(list(loader.batches)))):
-        batch = copies[number % num_workers].__getitems__(refs)  # type: ignore[attr-defined]
+        batch = copies[number % num_workers].__getitems__(refs)
         found.append([int(i) if w > 0 else -1 for i, w in zip(batch["index"], batch["weight"], strict=True)])
     return found
 

@@ -35,7 +35,7 @@ def other(tiny_dataset: DatasetManifest, tmp_path: Path) -> DatasetManifest:
 def test_labels_are_translated_by_class_name_and_images_stay_where_they_are(
     tiny_dataset: DatasetManifest, other: DatasetManifest, tiny_spec: PreprocessSpec, tmp_path: Path
 ) -> None:
-    merged, made = merge_datasets(entries((tiny_dataset, 1.0), (other, 1.0)), tmp_path / "merged")
+    merged, made = merge_datasets(entries((tiny_dataset, 1.0), (other, 1.0)), tmp_path / "merged", tmp_path)
     assert made and merged.class_names == ["blue", "green", "red"]
     assert sorted(path.name for path in merged.folder.iterdir()) == [
         "dataset.json",
@@ -55,7 +55,7 @@ def test_labels_are_translated_by_class_name_and_images_stay_where_they_are(
 def test_weights_decide_what_an_epoch_draws_and_not_what_an_evaluation_sees(
     tiny_dataset: DatasetManifest, other: DatasetManifest, tmp_path: Path
 ) -> None:
-    merged, _ = merge_datasets(entries((tiny_dataset, 2), (other, 0.5)), tmp_path / "merged")
+    merged, _ = merge_datasets(entries((tiny_dataset, 2), (other, 0.5)), tmp_path / "merged", tmp_path)
     train = merged.split("train")
     assert (train.num_samples, train.samples_per_epoch) == (72, 72 + 18)
     batches = GlobalBatchSampler.of_training(train.shards, DataConfig(global_batch_size=10, drop_last=False), seed=1)
@@ -68,7 +68,7 @@ def test_weights_decide_what_an_epoch_draws_and_not_what_an_evaluation_sees(
 def test_a_data_set_may_lack_classes_of_the_first(tiny_dataset: DatasetManifest, tmp_path: Path) -> None:
     more = relabelled(tiny_dataset, ["ant", "green", "red"], tmp_path / "more")
     more = dataclasses.replace(more, class_names=["ant", "green", "red", "blue"]).save()
-    merged, _ = merge_datasets(entries((more, 1), (tiny_dataset, 1)), tmp_path / "merged")
+    merged, _ = merge_datasets(entries((more, 1), (tiny_dataset, 1)), tmp_path / "merged", tmp_path)
     assert merged.class_names == ["ant", "green", "red", "blue"]
     assert merged.split("train").class_counts == [12, 24, 24, 12]
 
@@ -77,7 +77,7 @@ def test_classes_that_do_not_fit_are_shown_side_by_side(tiny_dataset: DatasetMan
     strange = relabelled(tiny_dataset, ["blue", "green", "crimson"], tmp_path / "strange")
     message = r"strange: has the classes \['blue', 'green', 'crimson'\], .* has \['blue', 'green', 'red'\]; crimson is unknown"
     with pytest.raises(DataError, match=message):
-        merge_datasets(entries((tiny_dataset, 1), (strange, 1)), tmp_path / "merged")
+        merge_datasets(entries((tiny_dataset, 1), (strange, 1)), tmp_path / "merged", tmp_path)
     assert not (tmp_path / "merged").exists()
 
 
@@ -86,7 +86,7 @@ def test_data_sets_of_different_tasks_are_not_merged(
 ) -> None:
     multi = dataclasses.replace(other, task="multi").save()
     with pytest.raises(DataError, match=r"other: its task is `multi` but that of .* is `single`"):
-        merge_datasets(entries((tiny_dataset, 1), (multi, 1)), tmp_path / "merged")
+        merge_datasets(entries((tiny_dataset, 1), (multi, 1)), tmp_path / "merged", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -101,22 +101,22 @@ def test_data_sets_of_different_tasks_are_not_merged(
 )
 def test_an_entry_of_another_form_is_refused(entry: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        merge_datasets([entry], tmp_path / "merged")
+        merge_datasets([entry], tmp_path / "merged", tmp_path)
 
 
 def test_a_data_set_is_merged_once(tiny_dataset: DatasetManifest, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is given twice. Give it once, with weight 2".replace(".", r"\.")):
-        merge_datasets(entries((tiny_dataset, 1), (tiny_dataset, 1)), tmp_path / "merged")
+        merge_datasets(entries((tiny_dataset, 1), (tiny_dataset, 1)), tmp_path / "merged", tmp_path)
 
 
 def test_nothing_is_redone_until_a_member_or_a_weight_changes(
     tiny_dataset: DatasetManifest, other: DatasetManifest, tmp_path: Path
 ) -> None:
     folder = tmp_path / "merged"
-    first, _ = merge_datasets(entries((tiny_dataset, 1), (other, 1)), folder)
-    again, made = merge_datasets(entries((tiny_dataset, 1), (other, 1)), folder)
+    first, _ = merge_datasets(entries((tiny_dataset, 1), (other, 1)), folder, tmp_path)
+    again, made = merge_datasets(entries((tiny_dataset, 1), (other, 1)), folder, tmp_path)
     assert (again.digest, made) == (first.digest, False)
-    changed, made = merge_datasets(entries((tiny_dataset, 1), (other, 3)), folder)
+    changed, made = merge_datasets(entries((tiny_dataset, 1), (other, 3)), folder, tmp_path)
     assert made and changed.digest != first.digest
     assert [path.name.split(".")[0] for path in tmp_path.iterdir()].count("merged") == 2  # the earlier one is kept
 
@@ -125,7 +125,7 @@ def test_a_folder_of_something_else_is_left_alone(tiny_dataset: DatasetManifest,
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "thesis.txt").write_text("x")
     with pytest.raises(DataError, match=r"merged: is not a data set and not empty"):
-        merge_datasets(entries((tiny_dataset, 1)), tmp_path / "merged")
+        merge_datasets(entries((tiny_dataset, 1)), tmp_path / "merged", tmp_path)
 
 
 def test_label_rows_of_several_labels_are_translated_too(
@@ -139,7 +139,7 @@ def test_label_rows_of_several_labels_are_translated_too(
             np.save(manifest.folder / f"{name}.labels.npy", rows)
             splits[name] = dataclasses.replace(split, labels=dataclasses.replace(split.index, name=f"{name}.labels.npy"))
         members.append(dataclasses.replace(manifest, task="multi", splits=splits).save())
-    merged, _ = merge_datasets(entries((members[0], 1), (members[1], 1)), tmp_path / "merged")
+    merged, _ = merge_datasets(entries((members[0], 1), (members[1], 1)), tmp_path / "merged", tmp_path)
     labels = open_labels(load_dataset(merged.folder), "val")
     assert np.array_equal(labels[:12], open_labels(members[0], "val"))
     # red, blue, green of the second are columns 2, 0, 1 of the first.
@@ -155,6 +155,6 @@ def test_the_statistics_are_those_of_all_samples_together(tiny_dataset: DatasetM
     for name, stats in (("dark", dark), ("light", light)):
         copy = relabelled(tiny_dataset, tiny_dataset.class_names, tmp_path / name)
         members.append((dataclasses.replace(copy, image_stats=stats).save(), 1.0))
-    merged, _ = merge_datasets(entries(*members), tmp_path / "merged")
+    merged, _ = merge_datasets(entries(*members), tmp_path / "merged", tmp_path)
     assert merged.image_stats.mean == [0.5] * 3
     assert merged.image_stats.std == [0.316228] * 3  # sqrt(0.1^2 + 0.3^2)
