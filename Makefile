@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup data check train evaluate export ui lint format test package clean
+.PHONY: help setup data check train evaluate export ui lint format test bench package clean
 
 CONFIG ?= configs/digits.yaml
 ARGS ?=
@@ -81,6 +81,9 @@ format: $(READY) ## let ruff rewrite what it can
 
 test: $(READY) ## every test
 	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+
+bench: $(READY) ## our data stage beside other loaders, on this machine
+	$(SHARDLINE) bench data $(ARGS)
 
 package: $(READY) ## the wheel, in dist/
 	@$(VENV)/bin/pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pipeline
 from pipeline import distributed
 from pipeline.config import Config, add_settings, load_config, parse_arguments, parse_config
-from pipeline.console import closing_box, say
+from pipeline.console import closing_box, say, show_table
 from pipeline.errors import ConfigError, DataError, ShardlineError, explain_os_error, nearest
 from pipeline.files import locked
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset, read_manifest
@@ -567,6 +567,44 @@ def _show_predictions(rows: list[dict[str, object]], options: "Namespace") -> No
         Console().print(table)
 
 
+# ---- how fast ----
+
+
+def bench(argv: list[str]) -> int:
+    """Measure the data stage beside other loaders, on this machine."""
+    parser = _parser(bench, settings=False)
+    parser.add_argument("what", choices=["data"], help="what to measure")
+    parser.add_argument("--parts", default="loader,read,open,write", help="loader, read, open, write")
+    parser.add_argument("--num-images", type=int, default=4000, help="generated JPEGs to measure with")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each contender has its turn")
+    parser.add_argument("--out", default="bench", help="folder of the images, bench.json and bench.png")
+    options = parse_arguments(parser, argv)
+    from pipeline.bench.data import require_parts, run_benchmark
+
+    parts = require_parts(options.parts)
+    for name, least in (("num_images", 64), ("workers", 1), ("rounds", 1)):
+        if options[name] < least:
+            raise ConfigError(f"`--{name.replace('_', '-')}` is {options[name]}; it must be {least} or more.")
+    out = Path(options.out)
+    benchmark = run_benchmark(out, parts, options.num_images, options.workers, options.rounds)
+    for part, contenders in benchmark.figures.items():
+        columns = list(dict.fromkeys(name for figures in contenders.values() for name in figures))
+        rows = [
+            [name, *(f"{figures[c]:,.4g}" if c in figures else "" for c in columns)] for name, figures in contenders.items()
+        ]
+        show_table([part, *(column.replace("_", " ") for column in columns)], rows)
+    targets = [[t.what, f"{t.value:.3g}", t.goal, "met" if t.met else "missed"] for t in benchmark.targets]
+    show_table(["target", "value", "goal", "verdict"], targets)
+    facts = {"figures": str(out / "bench.json")}
+    if "loader" in parts:
+        facts["picture"] = str(out / "bench.png")
+    for name, why in benchmark.left_out.items():
+        facts[f"without {name}"] = why
+    closing_box("measured", facts)
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "shard": shard,
     "index": index,
@@ -578,4 +616,5 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "replay": replay,
     "predict": predict,
+    "bench": bench,
 }

@@ -33,6 +33,9 @@ def clone(workspace: Path, tmp_path: Path) -> Path:
     for name in ("data", "runs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "digits").symlink_to(workspace / name / "digits")
+    (tmp_path / "data/foreign").mkdir()
+    for shard in ("train-000000.tar", "train-000001.tar", "val-000000.tar"):
+        (tmp_path / "data/foreign" / shard).symlink_to(workspace / "data/digits" / shard)
     for class_name, colour in (("cat", (200, 90, 60)), ("dog", (60, 90, 200))):
         folder = tmp_path / "images" / class_name
         folder.mkdir(parents=True)
@@ -57,6 +60,9 @@ def test_every_command_runs(chain: dict[str, str], clone: Path) -> None:
     assert "data set verified" in done.stdout
     assert "model verified" in done.stdout
     assert (clone / "runs/pets/export/model.onnx").is_file()
+    assert (clone / "runs/foreign/checkpoints/best.ckpt").is_file()
+    assert (clone / "data/pets/inspect.html").is_file()
+    assert (clone / "runs/digits/replay/step-00000100.png").is_file()
     assert re.search(r"images/cat/0.jpg\W+cat", done.stdout)
 
 

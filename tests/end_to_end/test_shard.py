@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,17 +86,16 @@ def shard_in_background(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen
         process.communicate()
 
 
-def when_at_work(target: Path, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a run has begun, so that kills fall into its work and not into its imports."""
-    began = time.monotonic()
-    known = {path.name for path in (target / ".partial").rglob("*")} if target.exists() else set()
+def files_in(folder: Path) -> set[str]:
+    """Names of all files below a folder, which may not be there yet and changes while we look."""
+    return {name for _, _, names in os.walk(folder) for name in names}
+
+
+def wait_for_work(target: Path, process: subprocess.Popen[bytes], num_files: int) -> None:
+    """Wait until a run has made so many new files, so that kills fall into its work and not into its imports, or has ended."""
+    before = files_in(target / ".partial")
     wait_until(
-        lambda: (
-            process.poll() is not None
-            or time.monotonic() > began + 2.0
-            or (target.exists() and {path.name for path in (target / ".partial").rglob("*")} - known != set())
-        ),
-        "the work to begin",
+        lambda: process.poll() is not None or len(files_in(target / ".partial") - before) >= num_files, "the run to get on"
     )
 
 
@@ -111,9 +109,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_data_set(
     kills = 0
     for _ in range(60):
         with shard_in_background(*arguments, cwd=tmp_path) as process:
-            when_at_work(target, process)
+            wait_for_work(target, process, pick.randint(1, 14))
             with contextlib.suppress(subprocess.TimeoutExpired):
-                assert process.wait(timeout=pick.uniform(0.0, 0.35)) == 0, process.stderr and process.stderr.read()
+                assert process.wait(timeout=pick.uniform(0.0, 0.03)) == 0, process.stderr and process.stderr.read()
                 break
             if whole_group:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -122,6 +120,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_data_set(
             process.wait()
             kills += 1
             wait_until(lambda: not processes_at(tmp_path), "the workers to end with their parent", seconds=5.0)
+    print("KILLS", kills)
     assert kills >= 3
     require_same(target, undisturbed)
 
@@ -133,7 +132,7 @@ def test_three_jobs_at_once_of_which_one_is_killed_make_the_same_data_set(
     arguments = (f"--dataset.source={images}", f"--dataset.path={target}", *SETTINGS)
     with contextlib.ExitStack() as stack:
         jobs = [stack.enter_context(shard_in_background(*arguments, f"--part={part}/3", cwd=tmp_path)) for part in (1, 2, 3)]
-        when_at_work(target, jobs[1])
+        wait_for_work(target, jobs[1], 1)
         kill(jobs[1].pid)
         for job in (jobs[0], jobs[2]):
             assert job.wait(timeout=100) == 0, job.stderr and job.stderr.read()

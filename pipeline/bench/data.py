@@ -1,0 +1,205 @@
+"""`shardline bench data`: our loader beside the others on the same images, interleaved in one run; table, plot and verdicts."""
+
+import dataclasses
+import platform
+import shutil
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.bench.contenders import CONTENDERS, is_installed
+from pipeline.bench.images import make_images
+from pipeline.bench.measure import Figures, in_process
+from pipeline.config import DatasetConfig
+from pipeline.console import say
+from pipeline.data.writer import prepare_dataset
+from pipeline.errors import ConfigError, nearest
+from pipeline.files import write_json
+from pipeline.manifest import INDEX_ROW, DatasetManifest, ImageStats, IndexEntry, ShardEntry, SplitEntry
+
+PARTS = ("loader", "read", "open", "write")
+OURS = "shardline"
+SYNTHETIC_SAMPLES = 100_000_000
+SYNTHETIC_SHARDS = 20_000
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a figure should be, and is."""
+
+    what: str
+    value: float
+    goal: str
+    met: bool
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All figures of a run: medians over the rounds, by part and contender; what was left out, and why."""
+
+    figures: dict[str, dict[str, Figures]]
+    targets: list[Target]
+    left_out: dict[str, str]
+
+
+def require_parts(parts: str) -> list[str]:
+    """The parts named in a comma list. Raises ConfigError for one that there is not."""
+    names = [name.strip() for name in parts.split(",") if name.strip()]
+    for name in names:
+        if name not in PARTS:
+            raise ConfigError(f"`--parts` names '{name}'.{nearest(name, PARTS) or ' Known: ' + ', '.join(PARTS) + '.'}")
+    return names
+
+
+def run_benchmark(out: Path, parts: list[str], num_images: int, num_workers: int, rounds: int) -> Benchmark:
+    """Measure `parts`, each contender in turn in every round, and leave bench.json and bench.png in `out`."""
+    folder = make_images(out / f"images-{num_images}", num_images)
+    dataset = out / f"shards-{num_images}"
+    config = DatasetConfig(source=str(folder), val_fraction=0.0, test_fraction=0.0, samples_per_shard=max(1, num_images // 8))
+    prepare_dataset(config, dataset)
+    benchmark = Benchmark({}, [], {})
+    if "loader" in parts:
+        _bench_loader(benchmark, out, folder, dataset, num_workers, rounds)
+    if "read" in parts:
+        _bench_read(benchmark, dataset, rounds)
+    if "open" in parts:
+        _bench_open(benchmark, out)
+    if "write" in parts:
+        _bench_write(benchmark, out, folder, rounds)
+    write_json(out / "bench.json", {**dataclasses.asdict(benchmark), "machine": describe_machine()})
+    if "loader" in parts:
+        from pipeline.bench.plot import draw
+
+        draw(benchmark.figures["loader"], out / "bench.png")
+    return benchmark
+
+
+def _median(rounds: Iterable[Figures]) -> Figures:
+    found = list(rounds)
+    return {name: statistics.median(figures[name] for figures in found) for name in found[0]}
+
+
+def _bench_loader(benchmark: Benchmark, out: Path, folder: Path, dataset: Path, num_workers: int, rounds: int) -> None:
+    found: dict[str, list[Figures]] = {}
+    for number in range(rounds):
+        for name in CONTENDERS:
+            if name in benchmark.left_out:
+                continue
+            if not is_installed(name):
+                benchmark.left_out[name] = "not installed"
+                continue
+            say(f"round {number + 1} of {rounds}: {name}")
+            try:
+                figures = in_process(
+                    "loader", name=name, folder=str(folder), dataset=str(dataset), copies=str(out), num_workers=num_workers
+                )
+            except RuntimeError as error:
+                benchmark.left_out[name] = f"failed: {error}"
+                continue
+            found.setdefault(name, []).append(figures)
+    benchmark.figures["loader"] = {name: _median(rounds) for name, rounds in found.items()}
+    for name, goal in (("webdataset + Pillow", 1.5), ("webdataset + torchvision", 1.2)):
+        if {OURS, name} <= found.keys():
+            pairs = zip(found[OURS], found[name], strict=False)
+            ratio = statistics.median(us["images_a_cpu_second"] / them["images_a_cpu_second"] for us, them in pairs)
+            benchmark.targets.append(Target(f"images a CPU-second beside {name}", ratio, f">= {goal} x", ratio >= goal))
+
+
+def _bench_read(benchmark: Benchmark, dataset: Path, rounds: int) -> None:
+    found: dict[str, list[Figures]] = {OURS: [], "webdataset": []}
+    for _ in range(rounds):
+        for name, figures in found.items():
+            one = in_process("read", name=name, dataset=str(dataset))
+            figures.append({**one, "samples_a_second": one["samples"] / one["seconds"]})
+    benchmark.figures["read"] = {name: _median(figures) for name, figures in found.items()}
+    pairs = zip(found[OURS], found["webdataset"], strict=True)
+    ratio = statistics.median(us["samples_a_second"] / them["samples_a_second"] for us, them in pairs)
+    benchmark.targets.append(Target("reading without decoding beside webdataset", ratio, ">= 3 x", ratio >= 3))
+
+
+def _bench_open(benchmark: Benchmark, out: Path) -> None:
+    synthetic = make_synthetic(out / "synthetic")
+    found = {f"at {share:.0%}": in_process("open", dataset=str(synthetic), share=share) for share in (0.0, 0.9)}
+    shutil.rmtree(synthetic)
+    benchmark.figures["open"] = found
+    start, late = found["at 0%"], found["at 90%"]
+    benchmark.targets.extend(
+        [
+            Target("seconds to open 100 million samples", start["seconds"], "< 1 s", start["seconds"] < 1),
+            Target("megabytes to open 100 million samples", start["megabytes"], "< 100 MB", start["megabytes"] < 100),
+            Target("bytes a sample of the index", start["index_bytes_a_sample"], "<= 24", start["index_bytes_a_sample"] <= 24),
+            Target(
+                "first batch at 90 % of an epoch beside 0 %",
+                late["batch_seconds"] / start["batch_seconds"],
+                "about 1 x",
+                late["batch_seconds"] < 2 * start["batch_seconds"] + 0.02,
+            ),
+        ]
+    )
+
+
+def make_synthetic(folder: Path) -> Path:
+    """A data set of 100 million samples whose index is a file of holes, and which has no shard."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows = np.lib.format.open_memmap(folder / "train.index.npy", "w+", INDEX_ROW, (SYNTHETIC_SAMPLES,))
+    del rows
+    each = SYNTHETIC_SAMPLES // SYNTHETIC_SHARDS
+    shards = [ShardEntry(f"train-{number:06d}.tar", each, 1, f"{number:064x}") for number in range(SYNTHETIC_SHARDS)]
+    split = SplitEntry(shards, IndexEntry("train.index.npy", "0" * 64), [SYNTHETIC_SAMPLES, 0])
+    stats = ImageStats("train", [0.5] * 3, [0.25] * 3)
+    DatasetManifest("single", ["a", "b"], {"train": split}, stats, {"source": "synthetic"}, {}, "", folder=folder).save()
+    return folder
+
+
+def _bench_write(benchmark: Benchmark, out: Path, folder: Path, rounds: int) -> None:
+    found: dict[str, list[Figures]] = {name: [] for name in ("parts alone", "1 worker", "2 workers", "1 worker, trusting")}
+    for number in range(rounds):
+        say(f"round {number + 1} of {rounds}: writing")
+        found["parts alone"].append(in_process("parts", folder=str(folder)))
+        for name, workers, trust in (("1 worker", 1, False), ("2 workers", 2, False), ("1 worker, trusting", 1, True)):
+            target = out / "written"
+            shutil.rmtree(target, ignore_errors=True)
+            found[name].append(in_process("write", folder=str(folder), target=str(target), workers=workers, trust=trust))
+            shutil.rmtree(target)
+    benchmark.figures["write"] = {name: _median(figures) for name, figures in found.items()}
+    parts = [figures["decode"] + figures["sha256"] + figures["tar"] for figures in found["parts alone"]]
+    cpu = statistics.median(one["cpu_ms"] / alone for one, alone in zip(found["1 worker"], parts, strict=True))
+    scaling = statistics.median(
+        two["images_a_second"] / one["images_a_second"] for one, two in zip(found["1 worker"], found["2 workers"], strict=True)
+    )
+    trusting = statistics.median(
+        one["images_a_second"] / alone["tar_and_sha256_images_a_second"]
+        for one, alone in zip(found["1 worker, trusting"], found["parts alone"], strict=True)
+    )
+    benchmark.targets.extend(
+        [
+            Target("CPU time of writing beside decode + sha256 + tar", cpu, "<= 1.2 x", cpu <= 1.2),
+            Target("writing with 2 workers beside 1", scaling, "> 1 x", scaling > 1),
+            Target("writing with --trust beside tar + sha256", trusting, ">= 0.7 x", trusting >= 0.7),
+        ]
+    )
+
+
+def describe_machine() -> dict[str, Any]:
+    """Hardware and versions, for whoever reads the figures later."""
+    packages = ("torch", "torchvision", "pillow", "numpy", "webdataset", "timm", "litdata", "mosaicml-streaming")
+    models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(models),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

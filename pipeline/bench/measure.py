@@ -1,0 +1,178 @@
+"""One measurement in a process of its own: `python -m pipeline.bench.measure JSON` prints its figures as JSON.
+
+CPU time of a loader is that of its worker processes, and of this process from the first batch on: imports are counted as
+start-up, which each contender has once.
+"""
+
+import hashlib
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Figures = dict[str, float]
+COLUMNS = 100_000_000  # samples of the synthetic index
+SAMPLES_A_SHARD = 5_000
+
+
+def cpu_seconds(*whose: int) -> float:
+    """User and system time, by default of this process and its ended children."""
+    usages = [resource.getrusage(who) for who in whose or (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is not shared with files."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024
+
+
+def measure_loader(name: str, folder: str, dataset: str, copies: str, num_workers: int) -> Figures:
+    """Images a second, a CPU-second, and seconds to the first batch of one contender."""
+    import torch
+
+    from pipeline.bench.contenders import CONTENDERS, Material
+
+    torch.set_num_threads(1)
+    material = Material(Path(folder), Path(dataset), Path(copies), num_workers)
+    begun = time.perf_counter()
+    number, first, before = 0, 0.0, 0.0
+    for images in CONTENDERS[name][0](material):
+        if not number:
+            first, before = time.perf_counter() - begun, cpu_seconds(resource.RUSAGE_SELF)
+            num_first = len(images)
+            assert images.dtype == torch.uint8 and sorted(images.shape[1:]) == [3, 224, 224], (images.dtype, images.shape)
+        number += len(images)
+    seconds = time.perf_counter() - begun - first
+    cpu = cpu_seconds() - before
+    return {
+        "images": number,
+        "images_a_second": (number - num_first) / seconds,
+        "images_a_cpu_second": number / cpu,
+        "startup_seconds": first,
+    }
+
+
+def measure_read(name: str, dataset: str) -> Figures:
+    """Samples a second without decoding, in the order of training."""
+    from pipeline.config import DataConfig, PreprocessConfig
+    from pipeline.data.dataset import ShardDataset
+    from pipeline.data.order import GlobalBatchSampler
+    from pipeline.manifest import load_dataset
+    from pipeline.preprocess import spec_for
+
+    manifest = load_dataset(Path(dataset))
+    if name == "webdataset":
+        import webdataset
+
+        shards = [str(manifest.folder / shard.name) for shard in manifest.split("train").shards]
+        begun = time.perf_counter()
+        number = sum(1 for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False) if sample["jpg"])
+        return {"samples": number, "seconds": time.perf_counter() - begun}
+    reader = ShardDataset(manifest, "train", spec_for(PreprocessConfig(resize=256, crop=[224, 224]), manifest))
+    batches = GlobalBatchSampler.of_training(reader.shards, DataConfig(drop_last=False), seed=0)
+    begun = time.perf_counter()
+    number = sum(1 for refs in batches for ref in refs if ref.weight and reader.encoded(ref.sample_index))
+    return {"samples": number, "seconds": time.perf_counter() - begun}
+
+
+def measure_open(dataset: str, share: float) -> Figures:
+    """Seconds and bytes to open a data set and take the references of one batch, `share` of an epoch in."""
+    import numpy as np
+    import torch
+
+    from pipeline.config import DataConfig, PreprocessConfig
+    from pipeline.data.dataset import ShardDataset
+    from pipeline.data.order import GlobalBatchSampler
+    from pipeline.manifest import read_manifest
+    from pipeline.preprocess import spec_for
+
+    np.argsort(torch.zeros(2).numpy())
+    before, begun = resident_bytes(), time.perf_counter()
+    manifest = read_manifest(Path(dataset))
+    data = ShardDataset(manifest, "train", spec_for(PreprocessConfig(resize=256, crop=[224, 224]), manifest))
+    batches = GlobalBatchSampler.of_training(data.shards, DataConfig(), seed=0)
+    opened = time.perf_counter()
+    batches.start = int(len(batches) * share)
+    refs = next(iter(batches))
+    labels = data.rows["label"][[ref.sample_index for ref in refs]]
+    now = time.perf_counter()
+    return {
+        "samples": len(data),
+        "seconds": now - begun,
+        "batch_seconds": now - opened,
+        "megabytes": (resident_bytes() - before) / 1e6,
+        "index_bytes_a_sample": data.rows.nbytes / len(data),
+        "batch": float(len(labels)),
+    }
+
+
+def measure_parts(folder: str) -> Figures:
+    """CPU milliseconds an image of what writing cannot do without: full decode, sha256, tar; each alone."""
+    from PIL import Image
+
+    paths = sorted(Path(folder).rglob("*.jpg"))
+    contents = [path.read_bytes() for path in paths]
+
+    def timed(work: Callable[[], object]) -> float:
+        begun = cpu_seconds()
+        work()
+        return (cpu_seconds() - begun) / len(paths) * 1e3
+
+    def decode() -> None:
+        for content in contents:
+            Image.open(io.BytesIO(content)).load()
+
+    archive = Path(folder).with_suffix(".reference.tar")
+    begun = time.perf_counter()
+    tar = timed(lambda: subprocess.run(["tar", "-cf", archive, "-C", folder, "."], check=True))
+    hashed = timed(lambda: hashlib.sha256(archive.read_bytes()).hexdigest())
+    seconds = time.perf_counter() - begun
+    archive.unlink()
+    return {"decode": timed(decode), "sha256": hashed, "tar": tar, "tar_and_sha256_images_a_second": len(paths) / seconds}
+
+
+def measure_write(folder: str, target: str, workers: int, trust: bool) -> Figures:
+    """CPU milliseconds an image and images a second of writing a data set."""
+    from pipeline.config import DatasetConfig
+    from pipeline.data.writer import prepare_dataset
+
+    begun, cpu = time.perf_counter(), cpu_seconds()
+    manifest, made = prepare_dataset(DatasetConfig(source=folder), Path(target), workers=workers, trust=trust)
+    assert made
+    number = sum(split.num_samples for split in manifest.splits.values())
+    seconds = time.perf_counter() - begun
+    return {"cpu_ms": (cpu_seconds() - cpu) / number * 1e3, "images_a_second": number / seconds, "images": number}
+
+
+MEASUREMENTS: dict[str, Callable[..., Figures]] = {
+    "loader": measure_loader,
+    "read": measure_read,
+    "open": measure_open,
+    "parts": measure_parts,
+    "write": measure_write,
+}
+
+
+def in_process(kind: str, **arguments: Any) -> Figures:
+    """Run a measurement in a fresh process and return its figures. Raises RuntimeError with the end of its error output."""
+    command = [sys.executable, "-m", "pipeline.bench.measure", json.dumps({"kind": kind, **arguments})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600, env=environment)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}")
+    figures: Figures = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    wanted = json.loads(sys.argv[1])
+    print(json.dumps(MEASUREMENTS[wanted.pop("kind")](**wanted)))
