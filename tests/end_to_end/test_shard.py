@@ -120,7 +120,6 @@ def test_killed_at_random_moments_it_ends_with_the_same_data_set(
             process.wait()
             kills += 1
             wait_until(lambda: not processes_at(tmp_path), "the workers to end with their parent", seconds=5.0)
-    print("KILLS", kills)
     assert kills >= 3
     require_same(target, undisturbed)
 
