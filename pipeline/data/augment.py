@@ -27,7 +27,8 @@ class Augmentation:
 
     size: tuple[int, int]  # (H, W)
     crop_scale: float  # smallest share of the area; 1 for the crop of an evaluation
-    change: Callable[[torch.Tensor], torch.Tensor]
+    change: Callable[[torch.Tensor], torch.Tensor] | None
+    flip: float = 0.0  # probability of a mirror image
 
     def image(self, encoded: bytes, spec: PreprocessSpec) -> torch.Tensor:
         """Decode and change, drawing from torch's default generator: uint8 (3, H, W). Raises DataError."""
@@ -36,7 +37,9 @@ class Augmentation:
             pixels = decode_crop(image, random_box(image.height, image.width, self.crop_scale), self.size)
         else:
             pixels = plain_image(encoded, spec)
-        return self.change(pixels)
+        if self.flip and float(torch.rand(())) < self.flip:
+            pixels = pixels.flip(-1)
+        return pixels if self.change is None else self.change(pixels)
 
 
 def plain_image(encoded: bytes, spec: PreprocessSpec) -> torch.Tensor:
@@ -48,12 +51,10 @@ def build_augmentation(config: AugmentConfig, spec: PreprocessSpec) -> Augmentat
     """Return what `config` asks for, or None when all that happens to single images is off."""
     assert spec.fixed_size is not None
     changes = _changes(config, spec)
-    if config.crop_scale == 1 and not changes:
+    if config.crop_scale == 1 and not config.horizontal_flip and not changes:
         return None
-    from torchvision.transforms import v2
-
-    change = v2.Compose(changes) if len(changes) > 1 else changes[0] if changes else torch.nn.Identity()
-    return Augmentation(spec.fixed_size, config.crop_scale, change)
+    change = torch.nn.Sequential(*changes) if changes else None
+    return Augmentation(spec.fixed_size, config.crop_scale, change, config.horizontal_flip)
 
 
 def _changes(config: AugmentConfig, spec: PreprocessSpec) -> list[torch.nn.Module]:
@@ -61,8 +62,6 @@ def _changes(config: AugmentConfig, spec: PreprocessSpec) -> list[torch.nn.Modul
 
     changes: list[torch.nn.Module] = []
     fill = neutral_colour(spec)
-    if config.horizontal_flip:
-        changes.append(v2.RandomHorizontalFlip(config.horizontal_flip))
     if config.rotate_degrees or config.translate or config.scale:
         changes.append(
             v2.RandomAffine(
@@ -94,13 +93,13 @@ def random_box(height: int, width: int, smallest: float) -> Box:
     Where ten draws do not fit, the largest central crop of an allowed ratio.
     """
     low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
-    draws = torch.rand(CROP_ATTEMPTS, 2).tolist()
-    for area_draw, ratio_draw in draws:
-        area = height * width * (smallest + area_draw * (1 - smallest))
-        ratio = math.exp(low + ratio_draw * (high - low))
+    for _ in range(CROP_ATTEMPTS):
+        of_area, of_ratio, of_top, of_left = torch.rand(4).tolist()  # one call: each costs as much as the arithmetic
+        area = height * width * (smallest + of_area * (1 - smallest))
+        ratio = math.exp(low + of_ratio * (high - low))
         box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top, left = (int(torch.randint(room + 1, ())) for room in (height - box_height, width - box_width))
+            top, left = int(of_top * (height - box_height + 1)), int(of_left * (width - box_width + 1))
             return Box(top, left, box_height, box_width)
     ratio = min(max(width / height, ASPECT_RATIOS[0]), ASPECT_RATIOS[1])
     box_width, box_height = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))

@@ -14,6 +14,9 @@ import torch
 from pipeline.errors import DataError
 from pipeline.preprocess import MAX_PIXELS, open_image
 
+# It is only read from; and torchvision's decoder has a successor that cannot be installed everywhere.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+warnings.filterwarnings("ignore", message=".*decoding and encoding capabilities of TorchVision", category=Warning)
 START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 APP1 = 0xE1
 
@@ -95,11 +98,9 @@ def _decode_jpeg(encoded: bytes) -> torch.Tensor:
     """The upright pixels of a JPEG of one or three components, uint8 (3, H, W)."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a read-only buffer, and of a successor that cannot be installed everywhere
-        try:
-            buffer = torch.frombuffer(encoded, dtype=torch.uint8)
-            pixels: torch.Tensor = decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        except (RuntimeError, ValueError) as error:
-            raise DataError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from error
+    try:
+        buffer = torch.frombuffer(encoded, dtype=torch.uint8)
+        pixels: torch.Tensor = decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from error
     return pixels

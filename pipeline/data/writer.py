@@ -30,9 +30,9 @@ from pipeline.errors import DataError, RunError, explain_os_error
 from pipeline.files import digest_of, locked
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset
 
-# With --trust the statistics are of at most so many images, evenly spread over the shuffled training split: their error is
-# a hundredth of the range, and decoding them costs next to nothing.
-TRUSTED_STATISTICS = 500
+# With --trust the statistics are of about so many images, evenly spread over the shuffled training split: their error is
+# some hundredths of the range, and decoding them costs next to nothing.
+TRUSTED_STATISTICS = 100
 IMAGES_WORTH_A_WORKER = 200
 SECONDS_FOR_OTHERS = 30.0
 # The processes of a part that was killed a moment ago still hold its lock.
