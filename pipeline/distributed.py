@@ -97,7 +97,9 @@ def die_with(pid: int) -> None:
         os._exit(1)
 
     def wait() -> None:
-        select.select([ended], [], [])
+        waiting = select.poll()  # `select` knows descriptors below 1,024 only
+        waiting.register(ended, select.POLLIN)
+        waiting.poll()
         os._exit(1)
 
     threading.Thread(target=wait, name=f"die with {pid}", daemon=True).start()

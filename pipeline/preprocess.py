@@ -24,6 +24,9 @@ Pixels = npt.NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # 100 megapixels: no camera photo is larger, and a 48 kB decompression bomb can be.
 MAX_PIXELS = 100_000_000
+# Pillow gives the memory of each image back to the system and asks for it again, which costs a tenth of a decode; with a few
+# blocks kept (16 MB each, the documented PILLOW_BLOCKS_MAX) writing 500 x 375 JPEGs takes 1.33 ms of CPU instead of 1.52.
+Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
 WHITE = (255, 255, 255)
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,

@@ -57,6 +57,11 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptors": OrderedDict(), "_process": 0}
 
+    def __del__(self) -> None:
+        if self._process == os.getpid():
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset` of a shard. Raises DataError when the file ends before."""
         content = os.pread(self._descriptor(shard), size, offset)

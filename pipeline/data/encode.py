@@ -118,7 +118,7 @@ def shrink(image: Image.Image, max_side: int) -> Image.Image:
 
 @dataclass
 class PixelSums:
-    """How often each of 256 levels occurs in each channel: exact integers, the same in whatever order images come."""
+    """How often each of 256 levels occurs in each channel, in whole numbers: the same in whatever order images come."""
 
     histogram: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(3 * 256, np.int64))
 

@@ -157,9 +157,7 @@ def test_two_loader_processes_give_the_same_batches_and_the_same_errors_as_none(
     damage(copied_dataset, 7)
     for loader in (alone, helped):
         loader.batches.set_epoch(2)
-    reports = [
-        [(int(batch["index"][bad.row]), bad) for batch in loader for bad in batch["bad"]] for loader in (alone, helped)
-    ]
+    reports = [[(int(batch["index"][bad.row]), bad) for batch in loader for bad in batch["bad"]] for loader in (alone, helped)]
     assert [index for index, _ in reports[0]] == [7]
     assert reports[0] == reports[1]
 
