@@ -1,5 +1,7 @@
 import dataclasses
 import io
+import random
+import re
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,7 @@ def test_a_jpeg_keeps_its_bytes(options: dict[str, Any]) -> None:
 
 def test_the_pixels_of_a_rotated_jpeg_are_upright_although_its_bytes_are_not() -> None:
     content = rotated_jpeg(30, 20)
-    encoded = store(content)
+    encoded = store(content, need_pixels=True)
     assert encoded.content == content
     assert encoded.pixels is not None
     assert encoded.pixels.size == (20, 30)
@@ -162,6 +164,51 @@ def test_with_trust_a_bomb_is_refused_all_the_same(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("pipeline.preprocess.MAX_PIXELS", 399)
     with pytest.raises(DataError, match="20 x 20 pixels are more than 399"):
         store(content, trust=True)
+
+
+def damaged(content: bytes, pick: random.Random) -> bytes:
+    """A file with bytes cut off, changed (anywhere, or in its header), lost or added."""
+    changed = bytearray(content)
+    at = pick.randrange(len(changed))
+    match pick.randrange(5):
+        case 0:
+            del changed[at:]
+        case 1:
+            changed[at] = pick.randrange(256)
+        case 2:
+            changed[pick.randrange(min(700, len(changed)))] = pick.randrange(256)
+        case 3:
+            del changed[at : at + pick.randint(1, 300)]
+        case _:
+            changed[at:at] = pick.randbytes(20)
+    return bytes(changed)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged EXIF
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}], ids=str)
+def test_an_image_whose_pixels_nobody_needs_is_refused_exactly_when_it_cannot_be_decoded(options: dict[str, Any]) -> None:
+    content = encode(Image.fromarray(noise(40, 56)), "JPEG", quality=80, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0", **options)
+    pick = random.Random(len(content))
+    refused = 0
+    for _ in range(250):
+        case = damaged(content, pick)
+        try:
+            open_image(case, WHITE)
+        except DataError as error:
+            refused += 1
+            with pytest.raises(DataError, match=re.escape(str(error))):
+                store(case)
+        else:
+            assert store(case).extension == "jpg"
+    assert 50 < refused < 200
+
+
+def test_a_sound_jpeg_is_not_turned_into_pixels_that_nobody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode_module, "open_image", None)
+    content = as_jpeg(noise(40, 56))
+    assert store(content).content == content
+    with pytest.raises(TypeError):
+        store(content, need_pixels=True)
 
 
 # ---- taken at its word ----
