@@ -83,14 +83,13 @@ def timm_reader(material: Material) -> Iterator[torch.Tensor]:
 
     number = sum(1 for _ in material.folder.rglob("*.jpg"))
     shards = sorted(path.name for path in material.dataset.glob("train-*.tar"))
-    pattern = f"{material.dataset}/train-{{000000..{len(shards) - 1:06d}}}.tar"
+    pattern = f"train-{{000000..{len(shards) - 1:06d}}}.tar"
     dataset = create_dataset(
         "wds/bench",
         root=str(material.dataset),
         split=f"{pattern}|{number}",
         is_training=True,
         batch_size=BATCH_SIZE,
-        num_epochs=1,
     )
     dataset.transform = _pillow_changes()
     loader = DataLoader(dataset, BATCH_SIZE, num_workers=material.num_workers, multiprocessing_context=START_METHOD)

@@ -50,6 +50,8 @@ def measure_loader(name: str, folder: str, dataset: str, copies: str, num_worker
             num_first = len(images)
             assert images.dtype == torch.uint8 and sorted(images.shape[1:]) == [3, 224, 224], (images.dtype, images.shape)
         number += len(images)
+    if not number:
+        raise RuntimeError("yielded nothing")
     seconds = time.perf_counter() - begun - first
     cpu = cpu_seconds() - before
     return {

@@ -110,11 +110,9 @@ def _shard_defects(manifest: DatasetManifest, job: ShardJob, fetcher: ShardFetch
     if not path.is_file():
         return [f"{path}: is missing."]
     size = path.stat().st_size
-    defects = []
     if size != job.shard.num_bytes:
-        defects.append(f"{path}: holds {size} bytes but the manifest says {job.shard.num_bytes}.")
-    if sha256_of(path) != job.shard.sha256:
-        defects.append(f"{path}: its sha256 is not the manifest's.")
+        return [f"{path}: holds {size} bytes but the manifest says {job.shard.num_bytes}. It was probably cut short."]
+    defects = [] if sha256_of(path) == job.shard.sha256 else [f"{path}: its sha256 is not the manifest's."]
     try:
         return defects + _sample_defects(manifest, job, path)
     except DataError as error:

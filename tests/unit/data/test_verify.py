@@ -74,7 +74,6 @@ def test_every_defect_is_named_and_none_ends_the_search(copied_dataset: DatasetM
     assert "train-000099.tar: is a shard that the manifest does not know" in found[""][0]
     assert "is missing" in found["train-000000.tar"][0] and "is missing" in found["val.index.npy"][0]
     assert "bytes but the manifest says" in found["train-000001.tar"][0]
-    assert "was cut short" in found["train-000001.tar"][-1]
 
 
 def test_any_number_of_processes_finds_the_same(copied_dataset: DatasetManifest) -> None:
