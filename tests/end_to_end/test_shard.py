@@ -158,7 +158,7 @@ def test_ctrl_c_ends_it_at_once_and_says_how_to_go_on(images: Path, tmp_path: Pa
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    wait_until(lambda: bool(list((target / ".partial/shards").glob("*.json"))), "a shard")
+    wait_until(lambda: bool(list((target / ".partial").glob("*/*"))), "the first piece of work")
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=10) == 130
     assert log.read_text().splitlines() == [f"{target}: run the same command again to go on", "stopped"]
