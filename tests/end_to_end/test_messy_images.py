@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -21,7 +22,7 @@ NUMBER = {
 }
 
 
-def save(pixels: np.ndarray, stem: Path, kind: int) -> None:  # type: ignore[type-arg]
+def save(pixels: npt.NDArray[np.uint8], stem: Path, kind: int) -> None:
     """One image in the kind-th way of being stored."""
     image = Image.fromarray(pixels)
     exif = Image.Exif()
@@ -67,8 +68,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_messy_images_go_through_without_hand_work(folder: Path) -> None:
-    settings = ("--config=folder", "--name=messy", "--dataset.source=images", "--max-rejected=0.05")
-    done = shardline("shard", *settings, cwd=folder)
+    settings = ["--config=folder", "--name=messy", "--dataset.source=images"]
+    done = shardline("shard", *settings, "--max-rejected=0.05", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "6 files that are no images" in done.stdout
     assert re.search(r"2 classes have too few images for every split: (newt|one), (newt|one)", done.stdout)
@@ -84,8 +85,8 @@ def test_messy_images_go_through_without_hand_work(folder: Path) -> None:
     assert "repeats others of" in done.stdout  # the copy lies in the split of its original
     assert (folder / "data/messy/inspect.html").stat().st_size < 10e6
 
-    settings = (*settings[:3], "--dataset.max_rejected=0.05", "--data.num_workers=0", "--trainer.max_epochs=1")
-    settings = (*settings, "--preprocess.resize=40", "--preprocess.crop=[32,32]", "--model.channels=[16,32]")
+    settings += ["--dataset.max_rejected=0.05", "--data.num_workers=0", "--trainer.max_epochs=1"]
+    settings += ["--preprocess.resize=40", "--preprocess.crop=[32,32]", "--model.channels=[16,32]"]
     for verb in ("check", "train"):
         done = shardline(verb, *settings, cwd=folder)
         assert done.returncode == 0, f"{verb}: {done.stderr}"
