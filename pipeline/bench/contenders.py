@@ -3,6 +3,7 @@
 Each is written as its own documentation shows it, with the cheapest settings that do the same work.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def litdata(material: Material) -> Iterator[torch.Tensor]:
     if not copy.is_dir():
         files = sorted(str(path) for path in material.folder.rglob("*.jpg"))
         optimize(fn=_jpeg_of, inputs=files, output_dir=str(copy), chunk_bytes="64MB", num_workers=1)
-    dataset = StreamingDataset(str(copy), shuffle=True, drop_last=True, transform=_open_and(_pillow_changes()))
+    dataset = StreamingDataset(str(copy), shuffle=True, drop_last=True, transform=functools.partial(_open, _pillow_changes()))
     yield from StreamingDataLoader(dataset, batch_size=BATCH_SIZE, num_workers=material.num_workers)
 
 
@@ -118,14 +119,14 @@ def mosaicml_streaming(material: Material) -> Iterator[torch.Tensor]:
         with MDSWriter(out=str(copy), columns={"image": "bytes"}) as writer:
             for path in sorted(material.folder.rglob("*.jpg")):
                 writer.write({"image": path.read_bytes()})
-    change = _open_and(_pillow_changes())
-
-    class Images(StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, index: int) -> torch.Tensor:
-            return change(super().__getitem__(index)["image"])
-
-    dataset = Images(local=str(copy), shuffle=True, batch_size=BATCH_SIZE)
-    yield from DataLoader(dataset, BATCH_SIZE, num_workers=material.num_workers, multiprocessing_context=START_METHOD)
+    dataset = StreamingDataset(local=str(copy), shuffle=True, batch_size=BATCH_SIZE)
+    yield from DataLoader(
+        dataset,
+        BATCH_SIZE,
+        num_workers=material.num_workers,
+        multiprocessing_context=START_METHOD,
+        collate_fn=functools.partial(_open_all, _pillow_changes()),
+    )
 
 
 # name -> (what makes it, the package without which it is skipped)
@@ -176,17 +177,18 @@ def _decode(encoded: bytes) -> torch.Tensor:
     return decoded
 
 
-def _open_and(change: Any) -> Callable[[Any], torch.Tensor]:
+def _open(change: Any, encoded: Any) -> torch.Tensor:
     import io
 
     from PIL import Image
 
-    def changed(encoded: Any) -> torch.Tensor:
-        with Image.open(io.BytesIO(bytes(encoded))) as image:
-            tensor: torch.Tensor = change(image.convert("RGB"))
-        return tensor
+    with Image.open(io.BytesIO(bytes(encoded))) as image:
+        tensor: torch.Tensor = change(image.convert("RGB"))
+    return tensor
 
-    return changed
+
+def _open_all(change: Any, samples: list[dict[str, bytes]]) -> torch.Tensor:
+    return torch.stack([_open(change, sample["image"]) for sample in samples])
 
 
 def _jpeg_of(path: str) -> bytes:
