@@ -3,16 +3,17 @@
 A user's mistake is one line on stderr and exit code 2; a gate that says no is 3; stopped after saving is 128 + signal.
 """
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pipeline
-from pipeline import distributed
+from pipeline import distributed, launch
 from pipeline.config import Config, add_settings, load_config, parse_arguments, parse_config
 from pipeline.console import closing_box, say, show_table
 from pipeline.errors import ConfigError, DataError, ShardlineError, explain_os_error, nearest
@@ -366,20 +367,24 @@ def train(argv: list[str]) -> int:
     """Train on all processes; goes on where an unfinished run stopped."""
     parser = _parser(train)
     parser.add_argument("--fresh", action="store_true", help="move the run aside and start anew")
+    parser.add_argument("--allow-changes", action="store_true", help="go on with an unfinished run though settings changed")
     config, options = parse_config(parser, argv)
     if distributed.is_rank():
-        return distributed.run_rank(lambda: _train_rank(config), config.run_dir / "exit")
+        return distributed.run_rank(lambda: _train_rank(config, options.allow_changes), config.run_dir / "exit")
     manifest = load_dataset(config.dataset_location, config.data.cache_folder)
-    with locked(config.run_dir):
+    with _front_door(config):
         if not options.fresh and _is_done("train", config, manifest):
             return _up_to_date("train", config.run_dir)
         from pipeline.training.preflight import require_trainable
 
-        processes = distributed.num_processes()
-        require_trainable(config, manifest, processes)
-        record, _ = open_run(config, manifest, fresh=options.fresh)
-        code = distributed.launch(["train", *_without_fresh(argv)], config.run_dir, processes)
-        if code:
+        processes = launch.processes_here()
+        require_trainable(config, manifest, processes * launch.num_nodes())
+        if launch.num_nodes() == 1:
+            open_run(config, manifest, fresh=options.fresh, allow_changes=options.allow_changes)
+        elif options.fresh:
+            raise ConfigError("`--fresh` is for one machine: every restart of a job would start anew. Choose another --name.")
+        code = launch.launch(["train", *_without_fresh(argv)], config.run_dir, processes)
+        if code or not launch.is_first_node():
             return code
         record, _ = require_run(config, manifest)
     assert record.best is not None
@@ -388,14 +393,21 @@ def train(argv: list[str]) -> int:
         "steps": f"{record.steps:,} on {record.world_size} processes",
         "run": f"{record.mlflow['run_id']} in {record.mlflow['uri']} (look at it with `make ui`)",
     }
-    closing_box("trained", facts, _next("evaluate", argv))
+    closing_box("trained", facts, _next_of_train("evaluate", argv))
     return 0
 
 
-def _train_rank(config: Config) -> None:
+@contextlib.contextmanager
+def _front_door(config: Config) -> Iterator[None]:
+    """Keep a second job of this machine out of RUN. Of several machines, rank 0 keeps others out (`fit`)."""
+    with locked(config.run_dir) if launch.num_nodes() == 1 else contextlib.nullcontext():
+        yield
+
+
+def _train_rank(config: Config, allow_changes: bool) -> None:
     from pipeline.training.fit import fit
 
-    fit(config)
+    fit(config, allow_changes=allow_changes)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -404,17 +416,17 @@ def evaluate(argv: list[str]) -> int:
     if distributed.is_rank():
         return distributed.run_rank(lambda: _evaluate_rank(config), config.run_dir / "exit")
     manifest = load_dataset(config.dataset_location, config.data.cache_folder)
-    with locked(config.run_dir):
+    with _front_door(config):
         record, _ = require_run(config, manifest)
         if _is_done("evaluate", config, manifest):
             return _up_to_date("evaluate", config.run_dir / "evaluation")
         record.best_checkpoint()
         from pipeline.training.preflight import require_trainable
 
-        processes = distributed.num_processes()
-        require_trainable(config, manifest, processes)
-        code = distributed.launch(["evaluate", *argv], config.run_dir, processes)
-    if code == 0:
+        processes = launch.processes_here()
+        require_trainable(config, manifest, processes * launch.num_nodes())
+        code = launch.launch(["evaluate", *argv], config.run_dir, processes)
+    if code == 0 and launch.is_first_node():
         _show_result(config.run_dir, _next("export", argv))
     return code
 
@@ -511,6 +523,10 @@ def _up_to_date(stage: str, where: Path | str) -> int:
 
 def _without_fresh(argv: list[str]) -> list[str]:
     return [argument for argument in argv if argument != "--fresh"]
+
+
+def _next_of_train(verb: str, argv: list[str]) -> str:
+    return _next(verb, [argument for argument in argv if argument != "--allow-changes"])
 
 
 def _next(verb: str, argv: list[str]) -> str:

@@ -95,7 +95,9 @@ class DataConfig:
     global_batch_size: int = setting(64, "samples an optimizer step sees, over all ranks")
     drop_last: bool = setting(True, "drop an epoch's tail; false pads it with masked samples")
     shuffle_shards: int = setting(8, "samples are shuffled within windows of this many shuffled shards")
-    steps_per_epoch: int | None = setting(None, "steps called an epoch where shards are streamed and have no known size")
+    accumulate: int = setting(1, "parts that each process works through, one after the other, for one step: less memory")
+    steps_per_epoch: int | None = setting(None, "steps called an epoch; null: the whole split (streamed shards need a number)")
+    limit_val_batches: int | None = setting(None, "validate on only so many global batches; null: the whole split")
     shuffle_buffer: int = setting(2000, "samples a loader process shuffles among where shards are streamed")
     num_workers: int = setting(0, "loader processes of each rank", identity=False)
     start_method: Literal["fork", "forkserver", "spawn"] = setting("forkserver", "how loader processes start", identity=False)
@@ -108,6 +110,11 @@ class DataConfig:
     cache_dir: str = setting("", "folder for shards of a remote data set; default ~/.cache/shardline", identity=False)
     cache_gigabytes: float = setting(100.0, "largest size of that folder", identity=False)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples that pass through the network at once, over all ranks."""
+        return self.global_batch_size // self.accumulate
 
     @property
     def cache_folder(self) -> Path:
@@ -152,10 +159,21 @@ class TrainerConfig:
     max_epochs: int = setting(10, "passes over the training split")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = setting("32-true", "Lightning's precision")
     deterministic: bool = setting(True, "bit-identical results, also on a GPU")
+    sync_batchnorm: bool = setting(False, "normalise over the batches of all GPUs, not of each alone")
     gradient_clip_norm: float | None = setting(None, "clip the global gradient norm at this value")
-    checkpoint_every_steps: int = setting(100, "steps between two saves of last.ckpt", identity=False)
-    log_every_steps: int = setting(10, "steps between two points of the training curves", identity=False)
+    ema_decay: float | None = setting(None, "evaluate and export a moving average of the weights with this decay, e.g. 0.999")
+    non_finite: Literal["stop", "skip"] = setting(
+        "stop", "a step whose loss or gradient is not finite ends the run, or is skipped"
+    )
+    validate_every_steps: int | None = setting(None, "steps between two validations; null: one at each epoch's end")
     monitor: Literal["val/accuracy", "val/loss"] = setting("val/accuracy", "what makes a checkpoint the best")
+    early_stopping: int | None = setting(None, "end after so many validations without a better one; null: never")
+    checkpoint_every_steps: int | None = setting(None, "steps between two checkpoints; null: by minutes only", identity=False)
+    checkpoint_every_minutes: float = setting(5.0, "longest time between two checkpoints", identity=False)
+    keep_best: int = setting(1, "best checkpoints that are kept", identity=False)
+    keep_last: int = setting(2, "newest checkpoints that are kept", identity=False)
+    log_every_steps: int = setting(10, "steps between two points of the training curves", identity=False)
+    timeout_seconds: float = setting(600.0, "longest wait of a process for another before all give up", identity=False)
 
 
 @dataclass(frozen=True)
@@ -227,6 +245,22 @@ class Config:
     def identity(self) -> str:
         """Digest of every setting that can change the trained weights, given the data set's own digest."""
         return digest_of(_identity_of(self, leave_out=("dataset",)))
+
+
+def changed_settings(path: Path, config: Config) -> list[str]:
+    """Settings that can change the weights and differ from those in the file of an earlier run, `key: before -> now`."""
+    before = read_yaml(path) if path.is_file() else {}
+    changed = []
+    for key, _, item in settings_of(Config):
+        if not item.metadata["identity"] or key.startswith("dataset."):
+            continue
+        values: Any = before
+        for name in key.split("."):
+            values = values.get(name) if isinstance(values, dict) else None
+        now = operator.attrgetter(key)(config)
+        if values != now:
+            changed.append(f"`{key}` {values} -> {now}")
+    return changed
 
 
 def _identity_of(section: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -449,7 +483,9 @@ RANGES = {
     "data.num_workers": Range(0),
     "data.prefetch_factor": COUNT,
     "data.timeout_seconds": Range(0),
+    "data.accumulate": COUNT,
     "data.steps_per_epoch": COUNT,
+    "data.limit_val_batches": COUNT,
     "data.shuffle_buffer": COUNT,
     "data.max_bad_share": Range(0, 1),
     "data.max_bad_in_row": COUNT,
@@ -471,8 +507,15 @@ RANGES = {
     "optimizer.lr": POSITIVE,
     "trainer.max_epochs": COUNT,
     "trainer.gradient_clip_norm": POSITIVE,
+    "trainer.ema_decay": Range(0, 1, open_low=True, open_high=True),
+    "trainer.validate_every_steps": COUNT,
+    "trainer.early_stopping": COUNT,
     "trainer.checkpoint_every_steps": COUNT,
+    "trainer.checkpoint_every_minutes": POSITIVE,
+    "trainer.keep_best": COUNT,
+    "trainer.keep_last": COUNT,
     "trainer.log_every_steps": COUNT,
+    "trainer.timeout_seconds": POSITIVE,
     "export.tolerance": POSITIVE,
     "export.max_batch_size": COUNT,
 }
@@ -484,6 +527,11 @@ def _require_sane(config: Config) -> None:
         value = operator.attrgetter(key)(config)
         if value is not None and value not in allowed:
             raise ConfigError(f"`{key}` is {value}; it must be {allowed}.")
+    if config.data.global_batch_size % config.data.accumulate:
+        raise ConfigError(
+            f"`data.global_batch_size` is {config.data.global_batch_size}, which has no {config.data.accumulate} equal parts "
+            "(`data.accumulate`)."
+        )
     if config.dataset.val_fraction + config.dataset.test_fraction >= 1:
         raise ConfigError("`dataset.val_fraction` and `dataset.test_fraction` leave nothing to train on.")
     background = config.dataset.background

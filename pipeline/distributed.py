@@ -1,45 +1,63 @@
-"""Ranks, the front door that starts them, and one exit code for all of them.
+"""A rank: its place among the others, how it meets them, and what it leaves behind when it ends.
 
-torchrun turns every failure into exit 1 and 45 lines of traceback. So each rank leaves RUN/exit/rank-N.json, and the front door
-reads those: the first rank that failed is the one whose message counts. A rank dies with its launcher (PR_SET_PDEATHSIG),
-so that no orphan goes on writing checkpoints beside a resumed job.
+A rank that fails leaves the others waiting in a collective, and each of them then fails too, with an error about a socket. So
+every rank leaves RUN/exit/rank-N.json, which says whether it failed by itself or only lost another, and where it ran.
 """
 
 import ctypes
 import json
-import logging
 import math
 import os
+import re
 import select
 import signal
-import subprocess
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from pipeline.errors import ConfigError, ShardlineError, explain_os_error
 from pipeline.files import write_json
 
 PR_SET_PDEATHSIG = 1
 LAUNCHER_PID = "SHARDLINE_LAUNCHER_PID"
-EXIT_DIR = "SHARDLINE_EXIT_DIR"
 CPU_PROCESSES = 2
+# Asks a training to save and stop. SIGUSR1 is what Slurm sends before a time limit.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# How long a rank that lost another waits for that one's own words.
+WORDS_WAIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class RankOutcome:
-    """How one rank ended. `exit_code` is negative when a signal killed it."""
+    """How one rank ended. `exit_code` is negative when a signal killed it; `lost_peer`: only because another had gone."""
 
     rank: int
     exit_code: int
     message: str
     details: str = ""
     time: float = 0.0
+    host: str = ""
+    lost_peer: bool = False
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a rank runs."""
+
+    rank: int
+    host: str
+    address: str
+
+
+_members: list[Member] = []
 
 
 def is_rank() -> bool:
@@ -64,9 +82,9 @@ def local_world_size() -> int:
 
 def num_processes() -> int:
     """Ranks to start here: PROCS, else one for each GPU, else 2 on the CPU. Raises ConfigError for an impossible PROCS."""
-    import torch
+    from pipeline import accelerator
 
-    gpus = torch.cuda.device_count()
+    gpus = accelerator.num_gpus()
     wanted = os.environ.get("PROCS", "").strip()
     if not wanted:
         return gpus or CPU_PROCESSES
@@ -75,6 +93,9 @@ def num_processes() -> int:
     if gpus and int(wanted) > gpus:
         raise ConfigError(f"PROCS is {wanted}, but this machine has {gpus} GPUs, one for each process.")
     return int(wanted)
+
+
+# ---- ends with others ----
 
 
 def die_with_parent() -> None:
@@ -105,16 +126,83 @@ def die_with(pid: int) -> None:
     threading.Thread(target=wait, name=f"die with {pid}", daemon=True).start()
 
 
-# ---- inside a rank ----
+# ---- meets the others ----
+
+
+def join_group(timeout: timedelta) -> None:
+    """Meet the other ranks, if there are any, and learn where they run.
+
+    A later collective that waits longer than `timeout` fails.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from pipeline import accelerator
+
+    if not is_rank() or dist.is_initialized():
+        return
+    if accelerator.kind() == "cuda":
+        torch.cuda.set_device(accelerator.device())
+    dist.init_process_group(accelerator.backend(), timeout=timeout)
+    members: list[Member] = [None] * world_size()  # type: ignore[list-item]
+    dist.all_gather_object(members, Member(rank(), socket.gethostname(), _own_address()))
+    _members[:] = members
+
+
+def _own_address() -> str:
+    """The address by which the other ranks see this one: that of the way to rank 0."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        try:
+            way.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
+        except OSError:
+            return ""
+        return str(way.getsockname()[0])
+
+
+# What the collectives say when another rank has gone or does not answer. Each backend has its own words and types.
+_LOST_PEER = re.compile(
+    r"gloo/transport|gloo::|ProcessGroup|NCCL|connectFullMesh|TCPStore|Connection (reset|closed)|[Tt]imed out|monitoredBarrier"
+)
+_ADDRESS = re.compile(r"\[(?:::ffff:)?([0-9a-f.:]+)\]:\d+")
+
+
+def lost_peer(error: BaseException) -> str | None:
+    """Which ranks this one lost, in words; None where the error is its own."""
+    text = str(error)
+    is_collective = type(error).__module__.startswith("torch.distributed") or type(error).__name__.startswith("Dist")
+    if not is_collective and not (type(error) is RuntimeError and _LOST_PEER.search(text)):
+        return None
+    others = [member for member in _members if member.rank != rank()]
+    found = _ADDRESS.search(text)
+    suspects = [member for member in others if found and member.address == found[1]] or others
+    hosts = sorted({member.host for member in suspects})
+    numbers = ", ".join(str(member.rank) for member in suspects[:8]) + (", ..." if len(suspects) > 8 else "")
+    who = f"rank{'s' if len(suspects) > 1 else ''} {numbers} on {', '.join(hosts[:4])}" if suspects else "the other ranks"
+    why = "did not answer in time (hung, or the link is cut)" if re.search(r"[Tt]imed out|[Tt]imeout", text) else "went away"
+    return f"on {socket.gethostname()}: {who} {why}. Run the same command again to go on from the last save."
+
+
+# ---- leaves word ----
 
 
 def run_rank(work: Callable[[], None], exit_dir: Path) -> int:
     """Do a rank's work; leave its outcome in `exit_dir` and return its exit code."""
     die_with_parent()
+    path = exit_dir / f"rank-{rank()}.json"
+    path.unlink(missing_ok=True)  # of an earlier try, where an elastic launcher starts the ranks again
+
+    def end(number: int, _frame: FrameType | None) -> NoReturn:
+        name = signal.Signals(number).name
+        outcome = RankOutcome(rank(), _code_of(number), f"stopped by {name} before training began; nothing to save")
+        write_json(path, asdict(outcome))
+        os._exit(outcome.exit_code)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, end)
     outcome = _outcome_of(work)
-    write_json(exit_dir / f"rank-{outcome.rank}.json", asdict(outcome))
+    write_json(path, asdict(outcome))
     if outcome.exit_code and LAUNCHER_PID not in os.environ:
-        print(f"rank {outcome.rank}: {outcome.message}\n{outcome.details}".strip(), file=sys.stderr, flush=True)
+        _speak(outcome, exit_dir)
     if outcome.exit_code:
         # The others may wait for this rank in a collective; a tidy exit would wait for them.
         sys.stdout.flush()
@@ -122,62 +210,41 @@ def run_rank(work: Callable[[], None], exit_dir: Path) -> int:
     return 0
 
 
+def _code_of(number: int) -> int:
+    """Exit code of a stop on request: 130 for ^C, else 143."""
+    return 130 if number == signal.SIGINT else 143
+
+
+def _speak(outcome: RankOutcome, exit_dir: Path) -> None:
+    """Say why, without a front door: a rank that lost another gives that one's words first, if they come."""
+    deadline = time.monotonic() + WORDS_WAIT_SECONDS
+    while outcome.lost_peer and time.monotonic() < deadline:
+        causes = [other for other in read_outcomes(exit_dir) if other.exit_code and not other.lost_peer]
+        if causes:
+            print(f"rank {causes[0].rank} on {causes[0].host}: {causes[0].message}", file=sys.stderr)
+            break
+        time.sleep(0.2)
+    print(f"rank {outcome.rank}: {outcome.message}\n{outcome.details}".strip(), file=sys.stderr, flush=True)
+
+
 def _outcome_of(work: Callable[[], None]) -> RankOutcome:
+    code, message, details, lost = 0, "", "", False
     try:
         work()
     except ShardlineError as error:
-        return RankOutcome(rank(), error.exit_code, str(error), time=time.time())
+        code, message = error.exit_code, str(error)
     except Exception as error:
         known = explain_os_error(error) if isinstance(error, OSError) else None
+        away = lost_peer(error)
         if known is not None:
-            return RankOutcome(rank(), known.exit_code, str(known), time=time.time())
-        message = f"{type(error).__name__}: {error}".strip()
-        return RankOutcome(rank(), 1, message, details=traceback.format_exc(), time=time.time())
-    return RankOutcome(rank(), 0, "", time=time.time())
-
-
-# ---- the front door ----
-
-
-def launch(arguments: list[str], run_dir: Path, processes: int) -> int:
-    """Run `shardline ARGUMENTS` on `processes` ranks under torchrun, as a child that ends with us; return one exit code.
-
-    What went wrong is printed once. SIGTERM and SIGINT are passed on, so that the ranks save first.
-    """
-    exit_dir = run_dir / "exit"
-    exit_dir.mkdir(parents=True, exist_ok=True)
-    for stale in exit_dir.glob("rank-*.json"):
-        stale.unlink()
-    command = [sys.executable, "-m", "pipeline.distributed", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "pipeline", *arguments]
-    child = subprocess.Popen(command, env=_environment(exit_dir, processes), start_new_session=True)
-    received: list[int] = []
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:  # torchrun's own clean-up does not stand a second one
-            child.send_signal(number)
-
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        returned = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return _conclude(returned, read_outcomes(exit_dir), received, processes)
-
-
-def _environment(exit_dir: Path, processes: int) -> dict[str, str]:
-    environment = dict(os.environ)
-    # The number of threads changes the order of sums, hence the last bits of the weights: say it, never leave it to chance.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # A rank that ends without waiting for the others leaves semaphores, which Python sweeps up and need not mention.
-    known = [environment["PYTHONWARNINGS"]] if environment.get("PYTHONWARNINGS") else []
-    environment["PYTHONWARNINGS"] = ",".join([*known, "ignore::UserWarning:multiprocessing.resource_tracker"])
-    environment[EXIT_DIR] = str(exit_dir.resolve())
-    environment[LAUNCHER_PID] = str(os.getpid())
-    return environment
+            code, message = known.exit_code, str(known)
+        elif away is not None:
+            code, message, lost = 1, away, True
+            details = f"  ({' '.join(str(error).split())[:300]})\n"
+        else:
+            code, message = 1, f"{type(error).__name__}: {error}".strip()
+            details = traceback.format_exc()
+    return RankOutcome(rank(), code, message, details, time.time(), socket.gethostname(), lost)
 
 
 def read_outcomes(exit_dir: Path) -> list[RankOutcome]:
@@ -186,72 +253,8 @@ def read_outcomes(exit_dir: Path) -> list[RankOutcome]:
     return sorted(outcomes, key=_when_it_began)
 
 
-def _when_it_began(outcome: RankOutcome) -> float:
+def _when_it_began(outcome: RankOutcome) -> tuple[bool, float]:
     if outcome.exit_code == -signal.SIGTERM:
-        return math.inf  # torchrun ends the others so
+        return True, math.inf  # torchrun ends the others so
     # torchrun notices a killed process late and in whole seconds; by then its peers have complained of the lost connection.
-    return outcome.time - 2.0 if outcome.exit_code < 0 else outcome.time
-
-
-def _conclude(returned: int, outcomes: list[RankOutcome], received: list[int], processes: int) -> int:
-    failed = [outcome for outcome in outcomes if outcome.exit_code]
-    # A rank that was told to stop because another failed is not the cause.
-    causes = [outcome for outcome in failed if outcome.exit_code in (2, 3)] or failed
-    if not causes and returned == 0 and len(outcomes) == processes:
-        return 0
-    if not causes:
-        why = f"by signal {-returned} ({signal.Signals(-returned).name})" if returned < 0 else f"with code {returned}"
-        missing = sorted(set(range(processes)) - {outcome.rank for outcome in outcomes})
-        if received and not outcomes:
-            print("stopped before training began; nothing to save", file=sys.stderr)
-            return 128 + received[0]
-        _complain(f"the launcher ended {why} before ranks {missing} did. Run the same command again to go on.")
-        return 1
-    first = causes[0]
-    if first.exit_code in (2, 3):
-        _complain(first.message)
-    elif first.exit_code > 128:
-        print(first.message, file=sys.stderr)
-    else:
-        _complain(f"rank {first.rank}: {first.message}")
-        print(first.details, file=sys.stderr, end="")
-    return first.exit_code if first.exit_code > 0 else 1
-
-
-def _complain(message: str) -> None:
-    print(f"shardline: error: {message}", file=sys.stderr, flush=True)
-
-
-def run_launcher(arguments: list[str]) -> int:
-    """torchrun in this process, quiet, and killed with the front door; ranks killed by a signal get an outcome file."""
-    die_with_parent()
-    os.environ[LAUNCHER_PID] = str(os.getpid())
-    exit_dir = Path(os.environ[EXIT_DIR])
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        torchrun(arguments)
-    except ChildFailedError as error:
-        for number, failure in error.failures.items():
-            path = exit_dir / f"rank-{number}.json"
-            if not path.exists():
-                write_json(path, asdict(_killed(number, failure.exitcode, float(failure.timestamp))))
-        return 1
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
-
-
-def _killed(number: int, exit_code: int, when: float) -> RankOutcome:
-    why = f"ended with code {exit_code} and left no message"
-    if exit_code < 0:
-        why = f"was killed by {signal.Signals(-exit_code).name}"
-        why += " (often: out of memory)" if exit_code == -signal.SIGKILL else ""
-    return RankOutcome(number, exit_code, f"{why}. Run the same command again to go on from the last save.", time=when)
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_launcher(sys.argv[1:]))
+    return outcome.lost_peer, outcome.time - 2.0 if outcome.exit_code < 0 else outcome.time

@@ -6,6 +6,7 @@ message names the thing, what was expected, and what to do next.
 
 import difflib
 import errno
+import signal
 from collections.abc import Iterable
 
 
@@ -37,12 +38,16 @@ class GateError(ShardlineError):
     exit_code = 3
 
 
+class TrainingError(ShardlineError):
+    """A training that cannot go on as it is set, for example because its loss is no longer finite."""
+
+
 class StoppedError(ShardlineError):
-    """Training was asked to stop by a signal, and saved first: exit code 128 + signal number."""
+    """Training was asked to stop by a signal, and saved first: exit code 130 for SIGINT, 143 for SIGTERM and SIGUSR1."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.exit_code = 130 if signal_number == signal.SIGINT else 143
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pipeline.config import Config
+from pipeline.config import Config, changed_settings
 from pipeline.console import say
 from pipeline.errors import RunError
 from pipeline.files import digest_of, move_aside, sha256_of, write_bytes, write_json
@@ -42,6 +42,7 @@ class RunRecord:
     outcome: Outcome = "running"
     steps: int = 0
     best: dict[str, Any] | None = None
+    earlier: list[list[str]] = field(default_factory=list)  # identities that --allow-changes left behind
     stages: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     folder: Path = Path()
@@ -115,15 +116,30 @@ class RunRecord:
         return path
 
 
-def open_run(config: Config, manifest: DatasetManifest, *, fresh: bool = False) -> tuple[RunRecord, PreprocessSpec]:
+def open_run(
+    config: Config, manifest: DatasetManifest, *, fresh: bool = False, allow_changes: bool = False
+) -> tuple[RunRecord, PreprocessSpec]:
     """Return the record of this configuration's run on this data, and its preprocessing.
 
-    An existing run of another configuration or data set, or any when `fresh`, is moved aside first. The caller holds
-    RUN's lock.
+    A finished run of another configuration or data set, or any when `fresh`, is moved aside first. One that has checkpoints
+    and is not finished is not: raises RunError with what changed, unless `allow_changes`, which goes on with it. The caller
+    holds RUN's lock.
     """
     spec = spec_for(config.preprocess, manifest)
     wanted = (config.identity(), manifest.digest, spec.hash())
     record = RunRecord.load(config.run_dir)
+    if record is not None and record.identity != wanted and not fresh:
+        if allow_changes:
+            record.earlier.append(list(record.identity))
+            record.config_digest, record.data_digest, record.preprocess_hash = wanted
+            record.outcome, record.stages = "running", {}
+            record.save()
+        elif record.outcome != "done" and any((config.run_dir / LAST.parent).glob("step-*.ckpt")):
+            raise RunError(
+                f"{config.run_dir}: is not finished, and {_what_changed(record.identity, wanted)} since it began: "
+                f"{_differences(config, record, wanted)}. Go on as it was, start anew with --fresh (the earlier run is kept), "
+                "or go on with the changes with --allow-changes."
+            )
     if record is not None:
         if fresh or record.identity != wanted:
             why = "--fresh was given" if fresh else _what_changed(record.identity, wanted)
@@ -156,6 +172,16 @@ def _what_changed(found: tuple[str, ...], wanted: tuple[str, ...]) -> str:
     names = ("the configuration", "the data set", "the preprocessing")
     changed = [name for name, before, now in zip(names, found, wanted, strict=True) if before != now]
     return f"{' and '.join(changed)} changed"
+
+
+def _differences(config: Config, record: RunRecord, wanted: tuple[str, ...]) -> str:
+    """What the run was made with and what is asked for now, setting by setting."""
+    lines = changed_settings(config.run_dir / CONFIG_NAME, config)
+    if record.data_digest != wanted[1]:
+        lines.append(f"data set {record.data_digest[:12]} -> {wanted[1][:12]}")
+    if record.preprocess_hash != wanted[2]:
+        lines.append(f"preprocessing {record.preprocess_hash[:12]} -> {wanted[2][:12]}")
+    return "; ".join(lines)
 
 
 def save_config(config: Config) -> None:

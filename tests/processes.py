@@ -77,7 +77,7 @@ def ranks_of(run_dir: Path) -> dict[int, int]:
     """Pid of each rank of a run, by its number."""
     ranks = {}
     for pid, command in processes_of(run_dir).items():
-        if " -m pipeline " in command and "pipeline.distributed" not in command:
+        if " -m pipeline " in command and "pipeline.launch" not in command:
             variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
             ranks[int(next(entry for entry in variables if entry.startswith("RANK="))[5:])] = pid
     return ranks
@@ -85,7 +85,7 @@ def ranks_of(run_dir: Path) -> dict[int, int]:
 
 def launcher_of(run_dir: Path) -> int:
     """Pid of torchrun."""
-    (pid,) = [pid for pid, command in processes_of(run_dir).items() if "pipeline.distributed" in command]
+    (pid,) = [pid for pid, command in processes_of(run_dir).items() if "pipeline.launch" in command]
     return pid
 
 

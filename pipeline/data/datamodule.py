@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader
 
+from pipeline import accelerator
 from pipeline.config import DataConfig
 from pipeline.data.augment import build_augmentation
 from pipeline.data.cache import Prefetcher
@@ -98,25 +98,25 @@ class ShardDataModule(L.LightningDataModule):
         augmentation = build_augmentation(self.config.augment, self.spec)
         if "train" in self.manifest.streams:
             stream = StreamDataset(self.manifest, self.spec, self.config, augmentation, seed=self.seed, **self._place())
-            steps = training_steps_per_epoch(self.manifest, self.config)
-            return StreamLoader(stream, steps, self.config.global_batch_size, **self._options())
+            batches = training_steps_per_epoch(self.manifest, self.config) * self.config.accumulate
+            return StreamLoader(stream, batches, self.config.global_batch_size, **self._options())
         dataset = ShardDataset(self.manifest, "train", self.spec, augmentation, self.seed, self.config)
         # Rank and world size are captured here: a spawned worker could not find them out, and would read everything.
-        batches = GlobalBatchSampler.of_training(dataset.shards, self.config, self.seed, **self._place())
-        return self._loader(dataset, batches)
+        sampler = GlobalBatchSampler.of_training(dataset.shards, self.config, self.seed, **self._place())
+        return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> ResumableLoader:
         """Every validation sample exactly once over all ranks, in order."""
-        return self.evaluation_loader("val")
+        return self.evaluation_loader("val", self.config.limit_val_batches)
 
     def test_dataloader(self) -> ResumableLoader:
         """Every sample of the final split exactly once over all ranks, in order."""
         return self.evaluation_loader(self.manifest.evaluation_split)
 
-    def evaluation_loader(self, split_name: str) -> ResumableLoader:
-        """Every sample of a split exactly once over all ranks; padding rows weigh 0."""
+    def evaluation_loader(self, split_name: str, limit: int | None = None) -> ResumableLoader:
+        """Every sample of a split (or of its first `limit` batches) exactly once over all ranks; padding rows weigh 0."""
         dataset = ShardDataset(self.manifest, split_name, self.spec, config=self.config)
-        batches = GlobalBatchSampler.of_evaluation(dataset.shards, self.config, **self._place())
+        batches = GlobalBatchSampler.of_evaluation(dataset.shards, self.config, limit=limit, **self._place())
         return self._loader(dataset, batches)
 
     def _place(self) -> dict[str, int]:
@@ -139,5 +139,4 @@ class ShardDataModule(L.LightningDataModule):
                 "timeout": config.timeout_seconds,
                 "worker_init_fn": functools.partial(start_worker, rank_pid=os.getpid()),
             }
-        pin_memory = torch.cuda.is_available() if config.pin_memory is None else config.pin_memory
-        return {"pin_memory": pin_memory, **workers}
+        return {"pin_memory": accelerator.pins_memory(config.pin_memory), **workers}

@@ -224,18 +224,21 @@ def steps_per_epoch(num_samples: int, global_batch_size: int, *, drop_last: bool
 def training_steps_per_epoch(manifest: DatasetManifest, config: DataConfig) -> int:
     """Optimizer steps that training calls an epoch. Raises ConfigError when nothing says it."""
     if "train" not in manifest.streams:
-        return steps_per_epoch(manifest.split("train").samples_per_epoch, config.global_batch_size, drop_last=config.drop_last)
+        samples = manifest.split("train").samples_per_epoch
+        whole = steps_per_epoch(samples, config.global_batch_size, drop_last=config.drop_last)
+        return min(whole, config.steps_per_epoch or whole)
     if config.steps_per_epoch is None:
         raise ConfigError("the training shards are streamed and have no known size: say `data.steps_per_epoch`.")
     return config.steps_per_epoch
 
 
 class GlobalBatchSampler(Sampler[list[SampleRef]]):
-    """Yields this rank's slice of every global batch of an epoch, from global batch `start` on.
+    """Yields this rank's slice of every global batch of an epoch, from batch `start` on.
 
-    Global batch k is order[k*G : (k+1)*G]. Without `drop_last` the last one is padded to G with samples of weight 0. In
-    training (`shuffle`) its real samples then weigh G / (number of them), so that the mean over G is the mean over the real
-    ones. `weights` are those of the shards in training; an evaluation sees every sample once.
+    Global batch k is order[k*G : (k+1)*G]; with `accumulate` it comes in so many equal parts, each a batch here. Without
+    `drop_last` the last one is padded to G with samples of weight 0. In training (`shuffle`) its real samples then weigh
+    G / (number of them), so that the mean over G is the mean over the real ones. `weights` are those of the shards in training;
+    an evaluation sees every sample once.
     """
 
     def __init__(
@@ -250,14 +253,18 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
         shuffle: bool,
         drop_last: bool,
         weights: list[float] | None = None,
+        accumulate: int = 1,
+        limit: int | None = None,
     ) -> None:
         self.shard_sizes = shard_sizes
         self.weights = weights or [1.0] * len(shard_sizes)
         self.global_batch_size = global_batch_size
-        self.local_batch_size = local_batch_size(global_batch_size, world_size)
+        self.accumulate = accumulate
+        self.local_batch_size = local_batch_size(global_batch_size // accumulate, world_size)
         self.seed, self.rank, self.window = seed, rank, window
         self.shuffle, self.drop_last = shuffle, drop_last
-        self.num_samples = len(self.order(0)) if shuffle else sum(shard_sizes)
+        num_samples = len(self.order(0)) if shuffle else sum(shard_sizes)
+        self.num_samples = num_samples if limit is None else min(num_samples, limit * global_batch_size)
         self.epoch = 0
         self.start = 0
 
@@ -276,11 +283,15 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
             shuffle=True,
             drop_last=config.drop_last,
             weights=[shard.weight for shard in shards],
+            accumulate=config.accumulate,
+            limit=config.steps_per_epoch,
         )
 
     @classmethod
-    def of_evaluation(cls, shards: list[ShardEntry], config: DataConfig, *, rank: int, world_size: int) -> "GlobalBatchSampler":
-        """The batches of an evaluation: every sample of `shards` once, in order."""
+    def of_evaluation(
+        cls, shards: list[ShardEntry], config: DataConfig, *, rank: int, world_size: int, limit: int | None = None
+    ) -> "GlobalBatchSampler":
+        """The batches of an evaluation: every sample of `shards` once, in order, or those of the first `limit` batches."""
         return cls(
             [shard.num_samples for shard in shards],
             config.global_batch_size,
@@ -290,6 +301,8 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
             window=1,
             shuffle=False,
             drop_last=False,
+            accumulate=config.accumulate,
+            limit=limit,
         )
 
     @property
@@ -298,7 +311,8 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
         return self
 
     def __len__(self) -> int:
-        return steps_per_epoch(self.num_samples, self.global_batch_size, drop_last=self.drop_last)
+        whole = steps_per_epoch(self.num_samples, self.global_batch_size, drop_last=self.drop_last)
+        return whole * self.accumulate
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration yields."""
@@ -311,22 +325,23 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
     def upcoming_shards(self) -> Iterator[int]:
         """Shards that the next iteration will read, in the order of first need."""
         if self.shuffle:
-            return self.order(self.epoch).upcoming_shards(self.start * self.global_batch_size)
+            return self.order(self.epoch).upcoming_shards(self.start // self.accumulate * self.global_batch_size)
         return iter(range(len(self.shard_sizes)))
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
         start, self.start = self.start, 0
         order = self.order(self.epoch) if self.shuffle else None
-        size = self.global_batch_size
-        for first in range(start * size, len(self) * size, size):
-            end = min(first + size, self.num_samples)
+        for number in range(start, len(self)):
+            step, part = divmod(number, self.accumulate)
+            first = step * self.global_batch_size
+            end = min(first + self.global_batch_size, self.num_samples)
             members = order[first:end] if order is not None else np.arange(first, end)
-            yield self._local_batch(members)
+            yield self._local_batch(members, part)
 
-    def _local_batch(self, members: Positions) -> list[SampleRef]:
+    def _local_batch(self, members: Positions, part: int) -> list[SampleRef]:
         num_real = len(members)
         weight = self.global_batch_size / num_real if self.shuffle else 1.0
-        first = self.rank * self.local_batch_size
+        first = part * (self.global_batch_size // self.accumulate) + self.rank * self.local_batch_size
         return [
             SampleRef(int(members[place % num_real]), self.epoch, weight if place < num_real else 0.0)
             for place in range(first, first + self.local_batch_size)

@@ -4,6 +4,7 @@ Nothing was recorded for it: the order of samples, their augmentation and their 
 sample, so they are computed again.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,17 +56,21 @@ def replay_step(config: Config, manifest: DatasetManifest, spec: PreprocessSpec,
     augmentation = build_augmentation(config.data.augment, spec)
     dataset = ShardDataset(manifest, "train", spec, augmentation, config.seed, config.data)
     batches = GlobalBatchSampler.of_training(dataset.shards, config.data, config.seed)
-    last = len(batches) * config.trainer.max_epochs
+    steps, parts = len(batches) // batches.accumulate, batches.accumulate
+    last = steps * config.trainer.max_epochs
     if not 1 <= step <= last:
         raise ConfigError(f"--step is {step}; this run has the steps 1 to {last:,}.")
-    epoch, number = divmod(step - 1, len(batches))
+    epoch, number = divmod(step - 1, steps)
     batches.set_epoch(epoch)
-    batches.start = number
-    batch = dataset.__getitems__(next(iter(batches)))
-    augment, weights = config.data.augment, batch["weight"]
-    mixed = mix_batch(batch["image"], batch["label"], weights, augment, config.seed, step - 1)
-    samples = [_describe(dataset, batch, mixed, manifest.class_names, row) for row in range(len(weights))]
-    return ReplayedStep(step, epoch, number, samples, batch["image"] if mixed is None else mixed.image)
+    batches.start = number * parts
+    samples, images = [], []
+    for part, rows in enumerate(itertools.islice(batches, parts)):
+        batch = dataset.__getitems__(rows)
+        augment, micro_step = config.data.augment, (step - 1) * parts + part
+        mixed = mix_batch(batch["image"], batch["label"], batch["weight"], augment, config.seed, micro_step)
+        samples += [_describe(dataset, batch, mixed, manifest.class_names, row) for row in range(len(rows))]
+        images.append(batch["image"] if mixed is None else mixed.image)
+    return ReplayedStep(step, epoch, number, samples, torch.cat(images))
 
 
 def _describe(dataset: ShardDataset, batch: Batch, mixed: Mixed | None, class_names: list[str], row: int) -> ReplayedSample:

@@ -54,7 +54,7 @@ class StreamDataset(IterableDataset[Batch]):
         self.rule = SampleRule.of(manifest)
         self.spec, self.augmentation, self.seed = spec, augmentation, seed
         self.shuffle_buffer = config.shuffle_buffer
-        self.batch_size = local_batch_size(config.global_batch_size, world_size)
+        self.batch_size = local_batch_size(config.micro_batch_size, world_size)
         # Captured in the rank: a spawned process could not find them out, and every one would read everything.
         self.first_consumer = rank * max(1, config.num_workers)
         self.num_consumers = world_size * max(1, config.num_workers)
@@ -140,22 +140,22 @@ def open_stream(url: str) -> BinaryIO:
 
 
 class StreamLoader(DataLoader[Batch]):
-    """Endless batches cut into epochs of `steps_per_epoch`; the stream goes on from one epoch to the next."""
+    """Endless batches cut into epochs of `num_batches`; the stream goes on from one epoch to the next."""
 
-    def __init__(self, dataset: StreamDataset, steps_per_epoch: int, global_batch_size: int, **options: Any) -> None:
+    def __init__(self, dataset: StreamDataset, num_batches: int, global_batch_size: int, **options: Any) -> None:
         super().__init__(dataset, batch_size=None, collate_fn=deliver, **options)
-        self.steps_per_epoch, self.global_batch_size = steps_per_epoch, global_batch_size
+        self.num_batches, self.global_batch_size = num_batches, global_batch_size
         self.epoch = self.delivered = self.begin_with = 0
         self._stream: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
-        return self.steps_per_epoch
+        return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if self._stream is None:
             self._stream = super().__iter__()
         self.delivered, self.begin_with = self.begin_with, 0
-        while self.delivered < self.steps_per_epoch:
+        while self.delivered < self.num_batches:
             batch = next(self._stream)
             self.delivered += 1
             yield batch
@@ -166,15 +166,15 @@ class StreamLoader(DataLoader[Batch]):
         return {
             "epoch": self.epoch,
             "batch": self.delivered,
-            "num_batches": self.steps_per_epoch,
+            "num_batches": self.num_batches,
             "global_batch_size": self.global_batch_size,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after as many steps, with other samples. Raises RunError for another loader's state."""
-        for name, here in (("global_batch_size", self.global_batch_size), ("num_batches", self.steps_per_epoch)):
+        for name, here in (("global_batch_size", self.global_batch_size), ("num_batches", self.num_batches)):
             if state[name] != here:
                 raise RunError(f"the checkpoint was made with {name} {state[name]}, but here it is {here}. Use --fresh.")
-        self.epoch, self.begin_with = state["epoch"], state["batch"] % self.steps_per_epoch
+        self.epoch, self.begin_with = state["epoch"], state["batch"] % self.num_batches
         assert isinstance(self.dataset, StreamDataset)
         self.dataset.salt = mix(state["epoch"], state["batch"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline import accelerator
 from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data.dataset import Batch
@@ -41,7 +42,7 @@ def run_checks(config: Config, manifest: DatasetManifest, spec: PreprocessSpec) 
     # A GPU adds gradients in any order unless told not to, and the seed check would blame the seed.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = accelerator.device()
     subject = Subject(config, manifest, spec, device)
     picture = draw_batch(subject.first_batch(augmented=True, size=TILES), manifest.class_names)
     write_bytes(config.run_dir / PICTURE, picture)

@@ -1,5 +1,6 @@
 """What happens around the steps of a training: equal sums after a restart, curves in MLflow, progress on the terminal."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from pipeline.console import say
 from pipeline.tracking.run import RunTracker
 from pipeline.training.bad_samples import BadSampleLedger
-from pipeline.training.classifier import Classifier
+from pipeline.training.classifier import Classifier, ends_step
+from pipeline.training.monitors import StepMonitor
 
 
 class WarmUpBuckets(L.Callback):
@@ -38,17 +40,24 @@ class WarmUpBuckets(L.Callback):
 class TrainingCurves(L.Callback):
     """Sends the loss and accuracy of every n-th global batch, and each validation, to MLflow, from rank 0."""
 
-    def __init__(self, tracker: RunTracker | None, class_names: list[str], every_steps: int, ledger: BadSampleLedger) -> None:
+    def __init__(
+        self,
+        tracker: RunTracker | None,
+        class_names: list[str],
+        every_steps: int,
+        ledger: BadSampleLedger,
+        monitor: StepMonitor,
+    ) -> None:
         self.tracker, self.class_names, self.every_steps = tracker, class_names, every_steps
-        self.ledger = ledger
+        self.ledger, self.monitor = ledger, monitor
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One batch's figures rather than a mean since the last point: a replayed step gives the same number again."""
-        if trainer.global_step % self.every_steps:
-            return
         assert isinstance(module, Classifier)
+        if trainer.global_step % self.every_steps or not ends_step(module, batch_idx):
+            return
         num_bad = torch.tensor([float(self.ledger.total)], device=module.device)
         sums = torch.cat([module.step_sums, num_bad])  # (4,)
         if dist.is_initialized():
@@ -59,7 +68,10 @@ class TrainingCurves(L.Callback):
             metrics = {"train/learning_rate": learning_rate, "data/bad_samples": bad}
             if weight:  # a batch of nothing but bad samples has neither
                 metrics |= {"train/loss": loss / weight, "train/accuracy": correct / weight}
-            self.tracker.log(metrics, trainer.global_step)
+                self.monitor.watch_loss(loss / weight, trainer.global_step)
+            metrics |= {"train/gradient_norm": self.monitor.gradient_norm}
+            metrics |= {"train/loss_spikes": self.monitor.losses.num_spikes, "train/skipped_steps": self.monitor.num_skipped}
+            self.tracker.log({name: value for name, value in metrics.items() if math.isfinite(value)}, trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Loss, accuracy and each class's recall after an epoch."""

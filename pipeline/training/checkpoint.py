@@ -1,6 +1,8 @@
-"""What a checkpoint says about itself, and how one is read again: tensors and plain values only, never code.
+"""Checkpoints on disk: what one says about itself, how one is proved whole, and which one a run goes on from.
 
-Nothing here needs Lightning, whose import takes ten seconds, so that `export` does not wait for it.
+RUN/checkpoints/step-N.ckpt has its sha256 beside it (`sha256sum -c` reads it), written before the checkpoint gets its name.
+`last.ckpt` and `best.ckpt` are links for people; nothing here follows them. Files are read as tensors and plain values only,
+never code. Nothing here needs Lightning, whose import takes ten seconds, so that `export` does not wait for it.
 """
 
 from pathlib import Path
@@ -8,12 +10,15 @@ from typing import Any
 
 import torch
 
+from pipeline.console import say
 from pipeline.errors import RunError
+from pipeline.files import sha256_of
 from pipeline.manifest import FORMAT_VERSION
-from pipeline.run import RunRecord
+from pipeline.run import LAST, RunRecord
 
 IDENTITY = ("config_digest", "data_digest", "preprocess_hash")
 NETWORK_PREFIX = "network."
+NAME = "step-{:08d}.ckpt"
 
 
 def identity_of(record: RunRecord) -> dict[str, str | None]:
@@ -27,6 +32,71 @@ def identity_of(record: RunRecord) -> dict[str, str | None]:
     }
 
 
+# ---- the files ----
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after a global step lies."""
+    return run_dir / LAST.parent / NAME.format(step)
+
+
+def checksum_path(path: Path) -> Path:
+    """The file beside a checkpoint that holds its sha256, as `sha256sum` writes it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def step_of(path: Path) -> int:
+    """The global step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def checkpoints_in(run_dir: Path) -> list[Path]:
+    """Every checkpoint of a run, the newest first."""
+    return sorted((run_dir / LAST.parent).glob("step-*[0-9].ckpt"), key=step_of, reverse=True)
+
+
+def require_intact(path: Path) -> None:
+    """Compare a checkpoint's bytes with the sha256 beside it. Raises RunError."""
+    beside = checksum_path(path)
+    if not beside.is_file():
+        raise RunError(f"{path}: has no {beside.name} beside it, so it is none of this run's.")
+    expected = beside.read_text().split(" ", 1)[0]
+    found = sha256_of(path)
+    if found != expected:
+        raise RunError(
+            f"{path}: is damaged: its sha256 is {found[:12]}, but {expected[:12]} was saved "
+            f"({path.stat().st_size:,} bytes are there)."
+        )
+
+
+def newest_checkpoint(run_dir: Path, record: RunRecord) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole and of this run, and what it says of itself; each one refused is said by name.
+
+    Returns None where there is none. Raises RunError where there are some and all are refused.
+    """
+    refused = []
+    for path in checkpoints_in(run_dir):
+        try:
+            require_intact(path)
+            facts = load_checkpoint(path, record)["shardline"]
+        except (RunError, OSError) as error:
+            say(f"refused {error}")
+            refused.append(path.name)
+            continue
+        if refused:
+            say(f"{path}: the one before is whole; going on from it")
+        return path, facts
+    if refused:
+        raise RunError(
+            f"{run_dir / LAST.parent}: none of its checkpoints can be used ({', '.join(refused)}). "
+            "Put one back, or start anew with --fresh."
+        )
+    return None
+
+
+# ---- the content ----
+
+
 def load_checkpoint(path: Path, record: RunRecord) -> dict[str, Any]:
     """Read a checkpoint of this run, tensors and plain values only. Raises RunError for a broken or foreign one."""
     try:
@@ -37,6 +107,9 @@ def load_checkpoint(path: Path, record: RunRecord) -> dict[str, Any]:
         raise RunError(f"{path}: cannot be read as a Shardline checkpoint ({reason}). Use --fresh to start anew.") from error
     if facts["format_version"] > FORMAT_VERSION:
         raise RunError(f"{path}: format_version {facts['format_version']} is newer than this Shardline reads. Upgrade it.")
+    found = [facts[name] for name in IDENTITY]
+    if found in ([*record.identity], *record.earlier):
+        return checkpoint
     for name in IDENTITY:
         if facts[name] != getattr(record, name):
             raise RunError(
@@ -49,4 +122,4 @@ def load_checkpoint(path: Path, record: RunRecord) -> dict[str, Any]:
 def load_network_weights(path: Path, record: RunRecord) -> dict[str, torch.Tensor]:
     """The network's part of a checkpoint of this run, as its state dict. Raises RunError."""
     weights: dict[str, torch.Tensor] = load_checkpoint(path, record)["state_dict"]
-    return {key.removeprefix(NETWORK_PREFIX): tensor for key, tensor in weights.items()}
+    return {key.removeprefix(NETWORK_PREFIX): tensor for key, tensor in weights.items() if key.startswith(NETWORK_PREFIX)}

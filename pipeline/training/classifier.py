@@ -25,7 +25,8 @@ class Classifier(L.LightningModule):
         self.network = network
         self.config = config
         self.num_classes = num_classes
-        self.step_sums = torch.zeros(3)  # weighted loss, weighted correct, weight of this rank's last batch
+        self.step_sums = torch.zeros(3)  # weighted loss, weighted correct, weight of this rank's part of the step
+        self.step_losses: list[tuple[Batch, torch.Tensor]] = []  # the step's batches and their losses (n,)
         self.metrics: Metrics | None = None
         self.predictions: list[torch.Tensor] = []
         self.plateau: ReduceLROnPlateau | None = None
@@ -38,19 +39,27 @@ class Classifier(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout must not depend on what ran before: a resumed step draws the masks of the undisturbed one."""
-        torch.manual_seed(mix(self.config.seed, self.global_step, self.global_rank))
+        torch.manual_seed(mix(self.config.seed, self._micro_step(batch_idx), self.global_rank))
+
+    def _micro_step(self, batch_idx: int) -> int:
+        """How many batches the run has seen before this one; the step itself unless gradients are accumulated."""
+        return self.global_step * self.config.data.accumulate + batch_idx % self.config.data.accumulate
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean loss over the local batch; with DDP's mean over ranks, the mean over the global batch."""
         images, labels, weights = batch["image"], batch["label"], batch["weight"]  # (n, 3, H, W), (n,), (n,)
-        mixed = mix_batch(images, labels, weights, self.config.data.augment, self.config.seed, self.global_step)
+        micro_step = self._micro_step(batch_idx)
+        mixed = mix_batch(images, labels, weights, self.config.data.augment, self.config.seed, micro_step)
         logits = self.network(images if mixed is None else mixed.image)  # (n, K)
         losses, correct = sample_losses(logits, labels), (logits.argmax(dim=1) == labels).float()  # (n,)
         if mixed is not None:
             losses = torch.lerp(sample_losses(logits, mixed.other_label), losses, mixed.share)
             correct = torch.lerp((logits.argmax(dim=1) == mixed.other_label).float(), correct, mixed.share)
         weighted = weights * losses
-        self.step_sums = torch.stack([weighted.detach().sum(), (weights * correct).sum(), weights.sum()])
+        if batch_idx % self.config.data.accumulate == 0:
+            self.step_sums, self.step_losses = torch.zeros_like(self.step_sums, device=self.device), []
+        self.step_sums += torch.stack([weighted.detach().sum(), (weights * correct).sum(), weights.sum()])
+        self.step_losses.append((batch, losses.detach()))
         return weighted.sum() / len(weights)
 
     def configure_optimizers(self) -> Any:
@@ -136,8 +145,13 @@ def monitored(config: Config, metrics: Metrics) -> float:
     return metrics.accuracy if config.trainer.monitor == "val/accuracy" else metrics.loss
 
 
+def ends_step(module: Classifier, batch_idx: int) -> bool:
+    """Whether the optimizer moved after this batch, and gradients are not still being accumulated."""
+    return (batch_idx + 1) % module.config.data.accumulate == 0
+
+
 def _num_samples(loader: Any) -> int:
-    return len(loader.dataset)
+    return int(loader.batches.num_samples)
 
 
 def _broadcast(buffer: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ PREDICTIONS = Path("evaluation/predictions.csv")
 
 def evaluate(config: Config) -> None:
     """Evaluate as one rank; rank 0 writes test.json and predictions.csv and tells MLflow."""
+    distributed.join_group(timedelta(seconds=config.trainer.timeout_seconds))
     manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     record, spec = require_run(config, manifest)
     network = build_network(config.model, len(manifest.class_names), spec)

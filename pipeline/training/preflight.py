@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pipeline import accelerator
 from pipeline.config import Config
 from pipeline.data.cache import require_room
 from pipeline.data.mixing import require_mixable
@@ -21,7 +22,7 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
     require_supported(manifest.task)
     require_room(manifest, config.data)
     spec = spec_for(config.preprocess, manifest)
-    require_mixable(config.data.augment, local_batch_size(config.data.global_batch_size, world_size))
+    require_mixable(config.data.augment, local_batch_size(config.data.micro_batch_size, world_size))
     if "val" not in manifest.splits:
         raise DataError(
             f"{manifest.folder}: has no `val` split, which chooses the best checkpoint. "
@@ -37,8 +38,15 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
             f"`data.global_batch_size` ({config.data.global_batch_size}). "
             "Use a smaller batch or `data.drop_last: false`."
         )
-    if config.trainer.precision == "16-mixed" and not torch.cuda.is_available():
-        raise ConfigError("`trainer.precision` 16-mixed needs a GPU. Use 32-true.")
+    accelerator.require_possible(config.trainer)
+    steps, every = batches * config.trainer.max_epochs, config.trainer.validate_every_steps
+    if every and every > steps:
+        raise ConfigError(f"`trainer.validate_every_steps` is {every}, but the training takes {steps} steps: no validation.")
+    if config.trainer.timeout_seconds <= config.data.timeout_seconds and config.data.num_workers:
+        raise ConfigError(
+            f"`trainer.timeout_seconds` ({config.trainer.timeout_seconds:g}) must be longer than `data.timeout_seconds` "
+            f"({config.data.timeout_seconds:g}), or a slow loader is taken for a lost process."
+        )
     network = build_network(config.model, len(manifest.class_names), spec)
     require_forward(network, spec)
     length = scheduler_length(config.scheduler, batches * config.trainer.max_epochs, config.trainer.max_epochs)
@@ -48,7 +56,7 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
 def _require_steps(config: Config, network: nn.Sequential, spec: PreprocessSpec, length: int) -> None:
     """Let optimizer and scheduler take a step or two where training will: some only then say what they cannot do."""
     assert spec.fixed_size is not None
-    device = torch.device("cuda" if torch.cuda.device_count() else "cpu")
+    device = accelerator.device()
     network.to(device)
     optimizer = build_optimizer(network, config.optimizer)
     scheduler = build_scheduler(optimizer, config.scheduler, length, config.trainer.monitor)

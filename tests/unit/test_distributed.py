@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.distributed import EXIT_DIR, LAUNCHER_PID, RankOutcome, launch, num_processes, read_outcomes
+from pipeline.distributed import LAUNCHER_PID, RankOutcome, num_processes, read_outcomes
 from pipeline.errors import ConfigError
+from pipeline.launch import EXIT_DIR, launch
 
 LIMIT_SECONDS = 20.0
 

@@ -13,12 +13,14 @@ import torch
 from pipeline.config import Config
 from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.order import steps_per_epoch
+from pipeline.distributed import STOP_SIGNALS
 from pipeline.manifest import DatasetManifest
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.run import RunRecord
 from pipeline.training.checkpoint_writer import DurableCheckpointIO
 from pipeline.training.classifier import Classifier
+from pipeline.training.fit import training_options
 
 Fit = Callable[..., Classifier]
 
@@ -45,7 +47,7 @@ def record(tiny_config: Config, tiny_dataset: DatasetManifest, spec: PreprocessS
 @pytest.fixture
 def own_signals() -> Iterator[None]:
     """Whatever handlers a training installs are gone after the test."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -86,7 +88,6 @@ def make_trainer(config: Config, *callbacks: L.Callback) -> L.Trainer:
     return L.Trainer(
         accelerator="cpu",
         devices=1,
-        max_epochs=config.trainer.max_epochs,
         plugins=[DurableCheckpointIO()],
         callbacks=list(callbacks),
         logger=False,
@@ -96,6 +97,7 @@ def make_trainer(config: Config, *callbacks: L.Callback) -> L.Trainer:
         enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=config.run_dir,
+        **training_options(config),
     )
 
 

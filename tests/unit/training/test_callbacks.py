@@ -14,6 +14,7 @@ from pipeline.tracking.run import RunTracker
 from pipeline.training.bad_samples import BadSampleLedger
 from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
 from pipeline.training.classifier import Classifier
+from pipeline.training.monitors import StepMonitor
 from tests.unit.training.conftest import Fit, change, weights_of
 
 CLASS_NAMES = ["blue", "green", "red"]
@@ -49,14 +50,18 @@ def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fi
     tracker, each = Tracker(), EachStep()
     ledger = BadSampleLedger(tmp_path, config.data)
     ledger.total = 5
-    module = fit(config, each, TrainingCurves(tracker, CLASS_NAMES, 3, ledger))
+    monitor = StepMonitor(config)
+    measured = (monitor, TrainingCurves(tracker, CLASS_NAMES, 3, ledger, monitor))
+    module = fit(config, each, *measured)
     training = {step: metrics for step, metrics in tracker.points if "train/loss" in metrics}
     validation = {step: metrics for step, metrics in tracker.points if "val/loss" in metrics}
     assert (list(training), list(validation)) == ([3, 6], [4, 8])  # 4 steps an epoch
     assert len(tracker.points) == 4
     for step, metrics in training.items():
         loss, accuracy, rate = each.figures[step - 1]
-        assert set(metrics) == {"train/loss", "train/accuracy", "train/learning_rate", "data/bad_samples"}
+        watched = {"train/gradient_norm", "train/loss_spikes", "train/skipped_steps"}
+        assert set(metrics) == {"train/loss", "train/accuracy", "train/learning_rate", "data/bad_samples"} | watched
+        assert metrics["train/gradient_norm"] > 0
         assert metrics["data/bad_samples"] == 5
         assert metrics["train/loss"] == pytest.approx(loss, rel=1e-5)  # float32
         assert metrics["train/accuracy"] == pytest.approx(accuracy, rel=1e-6)
@@ -74,7 +79,8 @@ def test_a_class_without_samples_has_no_curve(
 ) -> None:
     tracker, module = Tracker(), make_classifier(tiny_config)
     module.metrics = Metrics(2, 0.5, 0.25, [1.0, float("nan"), 0.0])
-    curves = TrainingCurves(tracker, CLASS_NAMES, 1, BadSampleLedger(tmp_path, tiny_config.data))
+    ledger, monitor = BadSampleLedger(tmp_path, tiny_config.data), StepMonitor(tiny_config)
+    curves = TrainingCurves(tracker, CLASS_NAMES, 1, ledger, monitor)
     curves.on_validation_end(L.Trainer(logger=False, accelerator="cpu"), module)
     ((_, metrics),) = tracker.points
     assert metrics == {"val/loss": 0.25, "val/accuracy": 0.5, "val/recall/blue": 1.0, "val/recall/red": 0.0}

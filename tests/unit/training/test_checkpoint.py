@@ -1,6 +1,8 @@
 import dataclasses
 import os
 import pickle
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,16 @@ import torch
 
 from pipeline.errors import RunError
 from pipeline.run import RunRecord
-from pipeline.training.checkpoint import identity_of, load_checkpoint, load_network_weights
+from pipeline.training.checkpoint import (
+    checkpoint_path,
+    checkpoints_in,
+    checksum_path,
+    identity_of,
+    load_checkpoint,
+    load_network_weights,
+    newest_checkpoint,
+)
+from pipeline.training.checkpoint_writer import DurableCheckpointIO
 
 Save = Callable[..., Path]
 
@@ -104,3 +115,73 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path: Path, record
     assert not witness.exists()
     pickle.loads(pickle.dumps(Evil(f"touch {witness}")))
     assert witness.exists(), "an unguarded reader would have run it"
+
+
+# ---- which one a run goes on from ----
+
+
+@pytest.fixture
+def saved(record: RunRecord) -> list[Path]:
+    """Checkpoints of steps 10, 20 and 30 in the run's folder, the newest first."""
+    for step in (10, 20, 30):
+        facts = {"format_version": 1, **identity_of(record), "global_step": step}
+        content = {"state_dict": {"network.0.weight": torch.full((1000,), float(step))}, "shardline": facts}
+        DurableCheckpointIO().save_checkpoint(content, checkpoint_path(record.folder, step))
+    return checkpoints_in(record.folder)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "torn": (lambda path: os.truncate(path, path.stat().st_size // 2), "is damaged: its sha256 is"),
+    "empty": (lambda path: path.write_bytes(b""), r"is damaged: .* \(0 bytes are there\)"),
+    "a bit flipped": (flip_a_bit, "is damaged: its sha256 is"),
+    "without a checksum": (lambda path: checksum_path(path).unlink(), "has no step-00000030.ckpt.sha256 beside it"),
+    "another file": (lambda path: shutil.copyfile(path.with_name("step-00000020.ckpt"), path), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
+    saved: list[Path], record: RunRecord, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, message = DAMAGES[damage]
+    spoil(saved[0])
+    newest = newest_checkpoint(record.folder, record)
+    assert newest is not None
+    assert (newest[0], newest[1]["global_step"]) == (saved[1], 20)
+    said = capsys.readouterr().out
+    assert re.search(rf"refused {saved[0]}: {message}", said)
+    assert f"{saved[1]}: the one before is whole; going on from it" in said
+
+
+def test_a_whole_checkpoint_of_another_run_is_refused_and_the_one_before_is_used(saved: list[Path], record: RunRecord) -> None:
+    content = torch.load(saved[0], weights_only=True)
+    content["shardline"]["data_digest"] = "f" * 64
+    DurableCheckpointIO().save_checkpoint(content, saved[0])
+    newest = newest_checkpoint(record.folder, record)
+    assert newest is not None
+    assert newest[0] == saved[1]
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_thrown_away(saved: list[Path], record: RunRecord) -> None:
+    for path in saved:
+        flip_a_bit(path)
+    with pytest.raises(RunError, match=r"none of its checkpoints can be used \(step-00000030\.ckpt, .*--fresh"):
+        newest_checkpoint(record.folder, record)
+    assert checkpoints_in(record.folder) == saved
+
+
+def test_a_run_without_checkpoints_begins_at_the_beginning(record: RunRecord) -> None:
+    assert newest_checkpoint(record.folder, record) is None
+
+
+def test_a_checkpoint_of_an_earlier_identity_of_the_run_is_its_own(saved: list[Path], record: RunRecord) -> None:
+    changed = dataclasses.replace(record, config_digest="c" * 64, earlier=[list(record.identity)])
+    newest = newest_checkpoint(record.folder, changed)
+    assert newest is not None
+    assert newest[0] == saved[0]

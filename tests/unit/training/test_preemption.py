@@ -50,7 +50,7 @@ def callbacks(config: Config, tiny_dataset: DatasetManifest, record: RunRecord) 
     return make
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
 def test_a_signal_stops_at_the_next_agreed_step_after_saving_it(
     config: Config,
     record: RunRecord,

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import accelerator
 from pipeline.config import Config
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import ConfigError, DataError
@@ -62,12 +63,12 @@ def test_half_precision_needs_a_gpu(
     tiny_config: Config, tiny_dataset: DatasetManifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = change(tiny_config, "trainer", precision="16-mixed")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(accelerator, "num_gpus", lambda: 0)
     with pytest.raises(ConfigError, match=r"16-mixed needs a GPU\. Use 32-true"):
         require_trainable(half, tiny_dataset, 1)
     require_trainable(change(tiny_config, "trainer", precision="bf16-mixed"), tiny_dataset, 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    require_trainable(half, tiny_dataset, 1)
+    monkeypatch.setattr(accelerator, "num_gpus", lambda: 1)
+    accelerator.require_possible(half.trainer)
 
 
 @pytest.mark.parametrize(

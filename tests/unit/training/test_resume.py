@@ -1,0 +1,117 @@
+"""A run that goes on from any of its checkpoints ends as the undisturbed one did, whatever the training does besides steps."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from pipeline.config import Config, SchedulerConfig
+from pipeline.manifest import DatasetManifest
+from pipeline.preprocess import PreprocessSpec
+from pipeline.run import RunRecord
+from pipeline.training.checkpoint import checkpoint_path, checkpoints_in, identity_of, newest_checkpoint, step_of
+from pipeline.training.checkpoint_writer import CheckpointWriter
+from pipeline.training.fit import build_callbacks
+from tests.unit.training.conftest import Fit, change
+
+STEPS_PER_EPOCH = 9  # 36 samples in batches of 4
+Callbacks = Callable[[Config], list[L.Callback]]
+
+
+@pytest.fixture
+def callbacks(tiny_dataset: DatasetManifest, spec: PreprocessSpec, record: RunRecord) -> Callbacks:
+    """A function that gives every callback of a training, as `fit` orders them."""
+
+    def make(config: Config) -> list[L.Callback]:
+        writer = CheckpointWriter(config, tiny_dataset, identity_of(record), config.run_dir)
+        return build_callbacks(config, tiny_dataset, spec, writer, tracker=None)
+
+    return make
+
+
+@pytest.fixture
+def config(tiny_config: Config) -> Config:
+    """Three epochs with dropout, clipping and a checkpoint after every step."""
+    trainer = {"max_epochs": 3, "checkpoint_every_steps": 1, "keep_last": 100, "gradient_clip_norm": 1.0}
+    data = {"global_batch_size": 4}
+    return change(change(change(tiny_config, "trainer", **trainer), "data", **data), "model", dropout=0.5)
+
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "accumulation": {"data": {"accumulate": 2}},
+    "ema": {"trainer": {"ema_decay": 0.9}},
+    "validation in mid-epoch": {"trainer": {"validate_every_steps": 4}},
+    "limited batches": {"data": {"steps_per_epoch": 5, "limit_val_batches": 2}},
+    "skipping what is not finite": {"trainer": {"non_finite": "skip"}},
+    "all at once": {
+        "data": {"accumulate": 2, "steps_per_epoch": 7, "limit_val_batches": 2},
+        "trainer": {"ema_decay": 0.9, "validate_every_steps": 5, "non_finite": "skip", "keep_best": 2},
+    },
+}
+SCHEDULERS = {
+    "OneCycleLR": SchedulerConfig("OneCycleLR", "step", {"max_lr": 0.05}),
+    "StepLR": SchedulerConfig("StepLR", "epoch", {"step_size": 1}),
+    "ReduceLROnPlateau": SchedulerConfig("ReduceLROnPlateau", "epoch", {"patience": 0}),
+}
+
+
+def end_of(config: Config) -> dict[str, Any]:
+    """The whole content of the last checkpoint."""
+    checkpoint: dict[str, Any] = torch.load(checkpoints_in(config.run_dir)[0], weights_only=True)
+    return checkpoint
+
+
+def differences(one: Any, other: Any, place: str = "") -> list[str]:
+    """Where two checkpoints differ; tensors are compared bit for bit."""
+    if isinstance(one, dict):
+        keys = [*one, *(key for key in other if key not in one)]
+        return [d for key in keys for d in differences(one.get(key), other.get(key), f"{place}.{key}")]
+    if isinstance(one, (list, tuple)) and len(one) == len(other):
+        return [d for n, (a, b) in enumerate(zip(one, other, strict=True)) for d in differences(a, b, f"{place}[{n}]")]
+    same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return [] if same else [f"{place}: {one} and {other}"]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_checkpoint_leads_to_the_same_end(
+    config: Config, callbacks: Callbacks, fit: Fit, variant: str, scheduler: str
+) -> None:
+    for section, values in VARIANTS[variant].items():
+        config = change(config, section, **values)
+    config = dataclasses.replace(config, scheduler=SCHEDULERS[scheduler])
+    fit(config, *callbacks(config))
+    end, steps = end_of(config), [step_of(path) for path in checkpoints_in(config.run_dir)]
+    length = config.data.steps_per_epoch or STEPS_PER_EPOCH
+    assert steps == list(range(3 * length, 0, -1))
+
+    # Around validations and the ends of epochs, and somewhere in between.
+    for step in {1, 3, 4, 5, length - 1, length, length + 1, 2 * length, 3 * length - 1} & set(steps):
+        for path in checkpoints_in(config.run_dir)[: 3 * length - step]:
+            path.unlink()
+        fit(config, *callbacks(config), resume=checkpoint_path(config.run_dir, step))
+        found = differences(end_of(config), end)
+        assert not found, f"from step {step}: {found[:5]}"
+
+
+def test_a_run_that_stopped_early_has_nothing_left_to_train(
+    config: Config, record: RunRecord, callbacks: Callbacks, fit: Fit
+) -> None:
+    config = change(
+        dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=1e-12)),
+        "trainer",
+        max_epochs=20,
+        early_stopping=2,
+        checkpoint_every_steps=None,
+        monitor="val/accuracy",
+    )
+    end = fit(config, *callbacks(config)).trainer.global_step
+    assert end == 3 * STEPS_PER_EPOCH, "the first validation was the best one, and two more were no better"
+    newest = newest_checkpoint(config.run_dir, record)
+    assert newest is not None
+    again = fit(config, *callbacks(config), resume=newest[0])
+    assert again.trainer.global_step == end
