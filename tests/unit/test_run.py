@@ -89,6 +89,53 @@ def test_a_changed_run_is_moved_aside_whole_and_said_so(
     assert f"{trained.folder}: {what} changed; the earlier run is kept as {aside}\n" == capsys.readouterr().out
 
 
+@pytest.fixture
+def unfinished(tiny_config: Config, tiny_dataset: DatasetManifest) -> RunRecord:
+    """A run that was stopped after its first checkpoint."""
+    record, _ = open_run(tiny_config, tiny_dataset)
+    record.outcome = "stopped"
+    record.save()
+    (record.folder / "checkpoints").mkdir()
+    (record.folder / "checkpoints/step-00000010.ckpt").write_bytes(b"weights")
+    return record
+
+
+REFUSALS = {
+    "the configuration": "the configuration changed since it began: `seed` 1999 -> 7. Go on as it was, start anew with --fresh",
+    "the data set": r"the data set changed since it began: data set [0-9a-f]{12} -> 000000000000\. Go on",
+    "the preprocessing": r"the preprocessing changed since it began: preprocessing [0-9a-f]{12} -> [0-9a-f]{12}\. Go on",
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_unfinished_run_is_neither_changed_nor_moved_without_a_word(
+    what: str, unfinished: RunRecord, tiny_config: Config, tiny_dataset: DatasetManifest
+) -> None:
+    before = files_below(unfinished.folder.parent)
+    with pytest.raises(RunError, match=f"tiny: is not finished, and {REFUSALS[what]}"):
+        open_run(*CHANGES[what](tiny_config, tiny_dataset))
+    assert files_below(unfinished.folder.parent) == before
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_unfinished_run_goes_on_changed_where_that_is_allowed(
+    what: str, unfinished: RunRecord, tiny_config: Config, tiny_dataset: DatasetManifest
+) -> None:
+    config, manifest = CHANGES[what](tiny_config, tiny_dataset)
+    record, _ = open_run(config, manifest, allow_changes=True)
+    assert record.job_id == unfinished.job_id
+    assert record.identity != unfinished.identity
+    assert record.earlier == [list(unfinished.identity)]
+    assert open_run(config, manifest, allow_changes=True)[0] == record, "a second start finds nothing changed"
+    assert open_run(config, manifest)[0] == record
+
+
+def test_a_changed_run_that_never_saved_is_only_moved_aside(tiny_config: Config, tiny_dataset: DatasetManifest) -> None:
+    first, _ = open_run(tiny_config, tiny_dataset)
+    again, _ = open_run(dataclasses.replace(tiny_config, seed=7), tiny_dataset)
+    assert again.job_id != first.job_id
+
+
 def test_a_fresh_start_moves_even_an_unchanged_run_aside(
     trained: RunRecord, tiny_config: Config, tiny_dataset: DatasetManifest
 ) -> None:
