@@ -76,7 +76,7 @@ def bring_back(slurm: Slurm, node: str) -> None:
 
 
 def test_a_job_finishes_after_a_killed_rank_and_a_lost_node(slurm: Slurm, shared_folder: Path) -> None:
-    name, epochs = "hurt", 60
+    name, epochs = "hurt", 45
     job = submit(slurm, shared_folder, name, epochs)
     wait_until(lambda: newest_step(shared_folder, name) >= 10, "the first checkpoints", 120)
     kill(rank_on(slurm, "node2"))
