@@ -6,6 +6,7 @@ A user's mistake is one line on stderr and exit code 2; a gate that says no is 3
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -533,6 +534,26 @@ def _next(verb: str, argv: list[str]) -> str:
     return shlex.join(["shardline", verb, *_without_fresh(argv)])
 
 
+# ---- the machines ----
+
+
+def doctor(argv: list[str]) -> int:
+    """Look for what a long job would trip over, on every machine; exit 3 when something is red."""
+    config, _ = parse_config(_parser(doctor), argv)
+    # Beside RUN, which must not come into being before its first verb.
+    exit_dir = Path(config.runs_dir) / f".doctor-{config.name}"
+    if distributed.is_rank():
+        from pipeline.doctor import examine
+
+        return distributed.run_rank(lambda: examine(config), exit_dir / "exit")
+    code = launch.launch(["doctor", *argv], exit_dir, launch.processes_here())
+    if launch.is_first_node():
+        shutil.rmtree(exit_dir, ignore_errors=True)
+    if code == 0 and launch.is_first_node():
+        closing_box("fit for a long job", {"figures": str(Path(config.runs_dir) / "doctor.json")}, _next("train", argv))
+    return code
+
+
 # ---- the model alone ----
 
 
@@ -632,5 +653,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "replay": replay,
     "predict": predict,
+    "doctor": doctor,
     "bench": bench,
 }

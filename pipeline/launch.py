@@ -117,7 +117,8 @@ def _conclude(returned: int, exit_dir: Path, received: list[int], processes: int
     if first.exit_code in (2, 3):
         _complain(first.message)
     elif first.exit_code > 128:
-        print(first.message, file=sys.stderr)
+        if is_first_node():
+            print(first.message, file=sys.stderr)
     else:
         where = f" on {first.host}" if num_nodes() > 1 and not first.lost_peer else ""
         _complain(f"rank {first.rank}{where}: {first.message}")
@@ -153,6 +154,7 @@ def run_launcher(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    logging.disable(logging.WARNING)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
     def stop(number: int, _frame: FrameType | None) -> None:

@@ -72,7 +72,7 @@ def open_tracker(config: Config, record: RunRecord) -> RunTracker:
 
     run.json holds the job_id before the run is made, so a kill between the two cannot make a second run.
     """
-    client = _open_client(config)
+    client = open_client(config)
     experiment_id = _experiment(client, config)
     query = f"tags.`{JOB_TAG}` = '{record.job_id}'"
     found = client.search_runs([experiment_id], filter_string=query, max_results=1)
@@ -90,7 +90,8 @@ def open_tracker(config: Config, record: RunRecord) -> RunTracker:
     return RunTracker(client, run_id)
 
 
-def _open_client(config: Config) -> "MlflowClient":
+def open_client(config: Config) -> "MlflowClient":
+    """MLflow's client for where this configuration's runs are tracked, quiet and without telemetry."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")

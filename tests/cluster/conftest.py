@@ -52,17 +52,22 @@ class Slurm:
         said = self.run("scontrol", "show", "job", job)
         return next(word.partition("=")[2] for word in said.split() if word.startswith("JobState="))
 
+    def release(self, job: str) -> None:
+        """Let a job begin that waits after a requeue, which takes two minutes otherwise."""
+        if self.state(job) == "PENDING":
+            # A start in the second of the requeue would be taken for the run that was ended.
+            time.sleep(2)
+            with contextlib.suppress(AssertionError):  # it may have begun meanwhile
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
     def wait_for(self, job: str, state: str, seconds: float) -> None:
-        """Poll until a job is in a state. A job that waits after a requeue (two minutes) is let go at once."""
+        """Poll until a job is in a state."""
 
         def has_arrived() -> bool:
-            found = self.state(job)
-            if found == "PENDING" and state != "PENDING":
-                # A start in the second of the requeue would be taken for the run that was ended.
-                time.sleep(2)
-                with contextlib.suppress(AssertionError):  # it may have begun meanwhile
-                    self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-            return found == state
+            if self.state(job) == state:
+                return True
+            self.release(job)
+            return False
 
         wait_until(has_arrived, f"job {job} to be {state}", seconds)
 

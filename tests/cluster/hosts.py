@@ -68,6 +68,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
     try:
         for host in ("switch", "h1", "h2"):
             ready = folder / f"{host}.ready"
+            ready.unlink(missing_ok=True)
             setup = f"hostname {host}; mount --bind {names} /etc/hosts; ip link set lo up; touch {ready}; exec sleep infinity"
             command = ["unshare", "--net", "--uts", "--mount", "--propagation", "private", "sh", "-c", setup]
             holder = subprocess.Popen(command, env=environment(), start_new_session=True)

@@ -105,10 +105,14 @@ def test_a_job_finishes_after_a_killed_rank_and_a_lost_node(slurm: Slurm, shared
 def test_a_job_that_meets_its_time_limit_saves_and_queues_itself_again(slurm: Slurm, shared_folder: Path) -> None:
     name = "limited"
     job = submit(slurm, shared_folder, name, 400, "--time=2", "--signal=B:USR1@70")
-    slurm.wait_for(job, "PENDING", 150)
-    log = log_of(shared_folder, job)
-    (step,) = re.findall(r"stopped by SIGUSR1 after step (\d+), saved", log)
-    assert "time limit: queued again to go on from the save" in log
+
+    def stopped_at() -> list[str]:
+        slurm.release(job)  # Slurm may give its warning a minute early, before training has begun
+        return re.findall(r"stopped by SIGUSR1 after step (\d+), saved", log_of(shared_folder, job))
+
+    wait_until(lambda: bool(stopped_at()), "the warning before the time limit", 280)
+    (step,) = stopped_at()
+    wait_until(lambda: "time limit: queued again to go on from the save" in log_of(shared_folder, job), "the requeue", 20)
     assert newest_step(shared_folder, name) == int(step)
 
     slurm.wait_for(job, "RUNNING", 60)
