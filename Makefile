@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup data check train evaluate export ui lint format test bench package clean
+.PHONY: help setup data check train evaluate export doctor slurm k8s ui lint format test test-cluster bench package clean
 
 CONFIG ?= configs/digits.yaml
 ARGS ?=
@@ -10,6 +10,12 @@ VENV ?= .venv
 # Where to take torch from instead of the lock file, for example https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 UI_PORT ?= 5000
+# For `make slurm`: machines, GPUs on each (nothing: the CPUs), and more options of sbatch
+NODES ?= 1
+GPUS ?=
+SBATCH ?=
+# For `make k8s`: trainjob (with the Kubeflow Trainer) or indexed-job (without any operator)
+K8S ?= indexed-job
 
 READY := $(VENV)/.ready
 SHARDLINE := $(VENV)/bin/shardline
@@ -17,7 +23,7 @@ SETTINGS := --config $(CONFIG) $(ARGS)
 CUDA_PACKAGES := torch|torchvision|triton|cuda-.*|nvidia-.*
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  CONFIG=FILE          the run's configuration (now $(CONFIG))"
 	@echo "  ARGS='--key value'   settings that differ from it, for example ARGS='--trainer.max_epochs 5'"
@@ -63,6 +69,15 @@ evaluate: $(READY) ## best checkpoint -> accuracy on the test split
 export: $(READY) ## best checkpoint -> validated ONNX
 	$(SHARDLINE) export $(SETTINGS)
 
+doctor: $(READY) ## what a long job would trip over, on this machine
+	$(SHARDLINE) doctor $(SETTINGS)
+
+slurm: $(READY) ## the whole chain as a Slurm job: NODES=4 GPUS=8
+	sbatch --nodes=$(NODES) $(if $(GPUS),--gpus-per-node=$(GPUS)) $(SBATCH) configs/slurm/chain.sbatch $(SETTINGS)
+
+k8s: ## the whole chain on Kubernetes: K8S=trainjob or K8S=indexed-job
+	kubectl apply -k configs/kubernetes/$(K8S)
+
 ui: $(READY) ## look at the runs in a browser
 	@echo "http://127.0.0.1:$(UI_PORT)/#/experiments?workflowType=machine_learning"
 	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server \
@@ -81,6 +96,9 @@ format: $(READY) ## let ruff rewrite what it can
 
 test: $(READY) ## every test
 	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+
+test-cluster: $(READY) ## a real Slurm and two hosts on this machine; root, slurm-wlm, munge, iproute2, kubectl
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m cluster tests/cluster
 
 bench: $(READY) ## our data stage beside other loaders, on this machine
 	$(SHARDLINE) bench data $(ARGS)
