@@ -75,7 +75,7 @@ def _overview() -> str:
     lines = ["usage: shardline VERB [--config FILE] [--SETTING VALUE ...]", "", (pipeline.__doc__ or "").strip(), "", "verbs:"]
     lines += [f"  {name:<10} {_summary(verb)}" for name, verb in VERBS.items()]
     lines += ["", "`shardline VERB --help` lists every setting. Exit codes: 0 done, 2 a mistake to mend, 3 a gate said no,"]
-    lines += ["143 / 130 stopped by SIGTERM / SIGINT after saving, 1 a bug."]
+    lines += ["143 / 130 stopped by SIGTERM or SIGUSR1 / SIGINT after saving, 1 a lost process or a bug."]
     return "\n".join(lines)
 
 
@@ -608,9 +608,9 @@ def _show_predictions(rows: list[dict[str, object]], options: "Namespace") -> No
 
 
 def bench(argv: list[str]) -> int:
-    """Measure the data stage beside other loaders, on this machine."""
+    """Measure the data stage beside other loaders, or what checkpoints cost, on this machine."""
     parser = _parser(bench, settings=False)
-    parser.add_argument("what", choices=["data"], help="what to measure")
+    parser.add_argument("what", choices=["data", "checkpoint"], help="what to measure")
     parser.add_argument("--parts", default="loader,read,open,write", help="loader, read, open, write")
     parser.add_argument("--num-images", type=int, default=4000, help="generated JPEGs to measure with")
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
@@ -624,13 +624,14 @@ def bench(argv: list[str]) -> int:
         if options[name] < least:
             raise ConfigError(f"`--{name.replace('_', '-')}` is {options[name]}; it must be {least} or more.")
     out = Path(options.out)
+    if options.what == "checkpoint":
+        from pipeline.bench.checkpoint import checkpoint_costs
+
+        _show_figures("network", checkpoint_costs(out, options.rounds))
+        return 0
     benchmark = run_benchmark(out, parts, options.num_images, options.workers, options.rounds)
     for part, contenders in benchmark.figures.items():
-        columns = list(dict.fromkeys(name for figures in contenders.values() for name in figures))
-        rows = [
-            [name, *(f"{figures[c]:,.4g}" if c in figures else "" for c in columns)] for name, figures in contenders.items()
-        ]
-        show_table([part, *(column.replace("_", " ") for column in columns)], rows)
+        _show_figures(part, contenders)
     targets = [[t.what, f"{t.value:.3g}", t.goal, "met" if t.met else "missed"] for t in benchmark.targets]
     show_table(["target", "value", "goal", "verdict"], targets)
     facts = {"figures": str(out / "bench.json")}
@@ -640,6 +641,12 @@ def bench(argv: list[str]) -> int:
         facts[f"without {name}"] = why
     closing_box("measured", facts)
     return 0
+
+
+def _show_figures(part: str, contenders: dict[str, dict[str, float]]) -> None:
+    columns = list(dict.fromkeys(name for figures in contenders.values() for name in figures))
+    rows = [[name, *(f"{figures[c]:,.4g}" if c in figures else "" for c in columns)] for name, figures in contenders.items()]
+    show_table([part, *(column.replace("_", " ") for column in columns)], rows)
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

@@ -38,6 +38,12 @@ class GateError(ShardlineError):
     exit_code = 3
 
 
+class ProcessError(ShardlineError):
+    """A process that died or hangs, through no mistake in the settings: exit code 1, and another try may help."""
+
+    exit_code = 1
+
+
 class TrainingError(ShardlineError):
     """A training that cannot go on as it is set, for example because its loss is no longer finite."""
 

@@ -20,7 +20,7 @@ from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.order import GlobalBatchSampler, training_steps_per_epoch
 from pipeline.data.streaming import StreamDataset, StreamLoader
 from pipeline.data.worker import deliver, start_worker
-from pipeline.errors import RunError, ShardlineError
+from pipeline.errors import ProcessError, RunError, ShardlineError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 
@@ -47,6 +47,8 @@ class ResumableLoader(DataLoader[Batch]):
                 yield batch
         except ShardlineError as error:
             raise type(error)(_own_message(error)) from None
+        except RuntimeError as error:
+            raise _explain_loader(error, self.timeout) or error from None
         finally:
             if prefetcher is not None:
                 prefetcher.stop()
@@ -84,6 +86,22 @@ class ResumableLoader(DataLoader[Batch]):
 def _own_message(error: ShardlineError) -> str:
     """The message of an error without the traceback that torch writes before it when it comes from a loader process."""
     return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+
+
+def _explain_loader(error: RuntimeError, timeout_seconds: float) -> ProcessError | None:
+    """What became of a loader process, from torch's words; None for another error."""
+    if "DataLoader timed out" in str(error):
+        return ProcessError(
+            f"no batch from the loader processes in {timeout_seconds:g} s (`data.timeout_seconds`): one hangs, or the disk or "
+            "network of the shards does. Run the same command again to go on from the last save."
+        )
+    if "DataLoader worker" in str(error):
+        why = str(error).partition(") ")[2].splitlines()[0].rstrip(". ")
+        return ProcessError(
+            f"a loader process ended by itself ({why}); often memory or shared memory ran out: lower `data.num_workers` or "
+            "`data.prefetch_factor`. Run the same command again to go on from the last save."
+        )
+    return None
 
 
 class ShardDataModule(L.LightningDataModule):

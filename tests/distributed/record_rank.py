@@ -6,6 +6,7 @@ Run under torchrun: `record_rank.py train --name ...` is `shardline train --name
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -28,10 +29,17 @@ class Recorder(Classifier):
             (int(index), hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16])
             for index, image in zip(batch["index"], batch["image"], strict=True)
         ]
+        if self.global_step + 1 == int(os.environ.get("STOP_AFTER", "0")):
+            self.leave()
+            os.kill(os.getpid(), signal.SIGTERM)
         return super().training_step(batch, batch_idx)
 
     def on_train_end(self) -> None:
         """Leave the record."""
+        self.leave()
+
+    def leave(self) -> None:
+        """Write down what this rank saw, and its weights."""
         digest = hashlib.sha256()
         for parameter in self.network.parameters():
             digest.update(parameter.detach().numpy().tobytes())

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 
 from tests.processes import shardline
@@ -28,20 +29,28 @@ WORLD_SIZES = (1, 2, 3)
 Step = list[tuple[int, str]]
 
 
+def run_ranks(workspace: Path, name: str, world_size: int, stop_after: int = 0) -> list[dict[str, Any]]:
+    """Train under plain torchrun, to the end or to a stop by SIGTERM after a step; returns what each rank wrote down."""
+    folder = workspace / f"records-{name}-{world_size}-{stop_after}"
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    command += [str(Path(__file__).with_name("record_rank.py")), "train", f"--name={name}", *SETTINGS]
+    environment = {**os.environ, "RECORD_DIR": str(folder), "STOP_AFTER": str(stop_after), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    if stop_after:
+        assert f"stopped by SIGTERM after step {stop_after}, saved" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
+
+
 @pytest.fixture(scope="module")
 def records(workspace: Path) -> dict[int, list[dict[str, Any]]]:
     """What each rank wrote down, by world size."""
     found = {}
     for world_size in WORLD_SIZES:
-        folder = workspace / f"records-{world_size}"
-        folder.mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-        command += [str(Path(__file__).with_name("record_rank.py")), "train", f"--name=ranks-{world_size}", *SETTINGS]
-        environment = {**os.environ, "RECORD_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-        done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=150, check=False)
-        assert done.returncode == 0, done.stderr
-        found[world_size] = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
+        found[world_size] = run_ranks(workspace, f"ranks-{world_size}", world_size)
     return found
 
 
@@ -73,6 +82,26 @@ def test_an_epoch_sees_each_sample_at_most_once_and_each_epoch_another_order(
     assert len(set(second)) == len(second)
     assert first != second
     assert set(first) != set(second), "the tail that is dropped must differ between epochs"
+
+
+def losses_of(workspace: Path, name: str) -> dict[int, float]:
+    """The training loss of every step, as MLflow has it."""
+    run_id = json.loads((workspace / f"runs/{name}/run.json").read_text())["mlflow"]["run_id"]
+    history = mlflow.MlflowClient(f"sqlite:///{workspace}/runs/mlflow.db").get_metric_history(run_id, "train/loss")
+    assert len({point.step for point in history}) == len(history)
+    return {point.step: point.value for point in history}
+
+
+def test_a_run_may_go_on_with_other_numbers_of_ranks(workspace: Path, records: dict[int, list[dict[str, Any]]]) -> None:
+    undisturbed = samples_by_step(records[2])
+    seen: dict[int, Step] = {}
+    for world_size, stop_after in ((2, 10), (1, 25), (3, 35), (2, 0)):
+        seen |= samples_by_step(run_ranks(workspace, "elastic", world_size, stop_after))
+    assert seen == undisturbed
+    losses, expected = losses_of(workspace, "elastic"), losses_of(workspace, "ranks-2")
+    assert list(losses) == list(expected) == list(range(1, NUM_EPOCHS * STEPS_PER_EPOCH + 1))
+    # Sums in another order: a rounding of 2**-24 a step in float32, over 44 steps.
+    assert losses == pytest.approx(expected, rel=0, abs=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
