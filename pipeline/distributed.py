@@ -161,7 +161,7 @@ def _own_address() -> str:
 
 # What the collectives say when another rank has gone or does not answer. Each backend has its own words and types.
 _LOST_PEER = re.compile(
-    r"gloo/transport|gloo::|ProcessGroup|NCCL|connectFullMesh|TCPStore|Connection (reset|closed)|[Tt]imed out|monitoredBarrier"
+    r"gloo/transport|gloo::|pair closure|ProcessGroup|NCCL|TCPStore|Connection (reset|closed) by peer|monitoredBarrier"
 )
 _ADDRESS = re.compile(r"\[(?:::ffff:)?([0-9a-f.:]+)\]:\d+")
 
@@ -169,8 +169,7 @@ _ADDRESS = re.compile(r"\[(?:::ffff:)?([0-9a-f.:]+)\]:\d+")
 def lost_peer(error: BaseException) -> str | None:
     """Which ranks this one lost, in words; None where the error is its own."""
     text = str(error)
-    is_collective = type(error).__module__.startswith("torch.distributed") or type(error).__name__.startswith("Dist")
-    if not is_collective and not (type(error) is RuntimeError and _LOST_PEER.search(text)):
+    if not _is_of_collective(error):
         return None
     others = [member for member in _members if member.rank != rank()]
     found = _ADDRESS.search(text)
@@ -180,6 +179,19 @@ def lost_peer(error: BaseException) -> str | None:
     who = f"rank{'s' if len(suspects) > 1 else ''} {numbers} on {', '.join(hosts[:4])}" if suspects else "the other ranks"
     why = "did not answer in time (hung, or the link is cut)" if re.search(r"[Tt]imed out|[Tt]imeout", text) else "went away"
     return f"on {socket.gethostname()}: {who} {why}. Run the same command again to go on from the last save."
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    """Whether a collective failed: by its type, by where it was raised, or (from autograd's threads) by its words."""
+    if type(error).__name__.startswith("Dist"):  # DistBackendError, DistNetworkError, DistStoreError, ...
+        return True
+    if type(error) is not RuntimeError:
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_in = frames[-1].filename.replace(os.sep, "/") if frames else ""
+    return bool(_LOST_PEER.search(str(error))) or any(
+        place in raised_in for place in ("torch/distributed/", "nn/parallel/distributed")
+    )
 
 
 # ---- leaves word ----
@@ -253,8 +265,11 @@ def read_outcomes(exit_dir: Path) -> list[RankOutcome]:
     return sorted(outcomes, key=_when_it_began)
 
 
-def _when_it_began(outcome: RankOutcome) -> tuple[bool, float]:
+def _when_it_began(outcome: RankOutcome) -> float:
     if outcome.exit_code == -signal.SIGTERM:
-        return True, math.inf  # torchrun ends the others so
+        return math.inf  # torchrun ends the others so
+    if outcome.lost_peer:
+        # Only a consequence, also where another machine's clock is late. But torchrun kills a hung rank 30 s after that.
+        return outcome.time + 20.0
     # torchrun notices a killed process late and in whole seconds; by then its peers have complained of the lost connection.
-    return outcome.lost_peer, outcome.time - 2.0 if outcome.exit_code < 0 else outcome.time
+    return outcome.time - 2.0 if outcome.exit_code < 0 else outcome.time

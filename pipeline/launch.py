@@ -102,6 +102,8 @@ def _conclude(returned: int, exit_dir: Path, received: list[int], processes: int
     failed = [outcome for outcome in outcomes if outcome.exit_code]
     # A rank that was told to stop because another failed is not the cause.
     causes = [outcome for outcome in failed if outcome.exit_code in (2, 3)] or failed
+    if causes and causes[0].lost_peer:  # nobody knows why: say whom the ranks of this machine lost
+        causes.sort(key=lambda outcome: (not outcome.lost_peer, outcome.host != socket.gethostname()))
     if returned == 0 and not causes and (num_nodes() > 1 or len(outcomes) == processes):
         return 0
     if not causes:

@@ -145,14 +145,18 @@ def open_run(
             why = "--fresh was given" if fresh else _what_changed(record.identity, wanted)
             say(f"{config.run_dir}: {why}; the earlier run is kept as {move_aside(config.run_dir)}")
             record = None
-    # A kill in the middle of the first save leaves a hidden temporary file.
-    elif config.run_dir.is_dir() and any(not path.name.startswith(".") for path in config.run_dir.iterdir()):
+    elif config.run_dir.is_dir() and any(_is_somebodys(path) for path in config.run_dir.iterdir()):
         raise RunError(f"{config.run_dir}: is not a run (no {RUN_NAME}) and not empty. Choose another --name.")
     if record is None:
         record = RunRecord(config.name, uuid.uuid4().hex, *wanted, git=git_state(), folder=config.run_dir)
         record.save()
     save_config(config)
     return record, spec
+
+
+def _is_somebodys(path: Path) -> bool:
+    # A kill in the middle of the first save leaves a hidden file; the launchers of several machines come before any rank.
+    return not path.name.startswith(".") and path.name != "exit"
 
 
 def require_run(config: Config, manifest: DatasetManifest) -> tuple[RunRecord, PreprocessSpec]:

@@ -6,6 +6,7 @@ prefetch queue may be in it.
 
 import functools
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -47,7 +48,7 @@ class ResumableLoader(DataLoader[Batch]):
                 yield batch
         except ShardlineError as error:
             raise type(error)(_own_message(error)) from None
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             raise _explain_loader(error, self.timeout) or error from None
         finally:
             if prefetcher is not None:
@@ -88,20 +89,25 @@ def _own_message(error: ShardlineError) -> str:
     return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
 
 
-def _explain_loader(error: RuntimeError, timeout_seconds: float) -> ProcessError | None:
-    """What became of a loader process, from torch's words; None for another error."""
-    if "DataLoader timed out" in str(error):
+def _explain_loader(error: Exception, timeout_seconds: float) -> ProcessError | None:
+    """What became of a loader process, from torch's words; None for an error that was raised in one, or elsewhere."""
+    text = str(error)
+    if text.startswith("Caught "):  # and passed on by torch, with its traceback
+        return None
+    again = "Run the same command again to go on from the last save."
+    if "DataLoader timed out" in text:
         return ProcessError(
             f"no batch from the loader processes in {timeout_seconds:g} s (`data.timeout_seconds`): one hangs, or the disk or "
-            "network of the shards does. Run the same command again to go on from the last save."
+            f"network of the shards does. {again}"
         )
-    if "DataLoader worker" in str(error):
-        why = str(error).partition(") ")[2].splitlines()[0].rstrip(". ")
-        return ProcessError(
-            f"a loader process ended by itself ({why}); often memory or shared memory ran out: lower `data.num_workers` or "
-            "`data.prefetch_factor`. Run the same command again to go on from the last save."
-        )
-    return None
+    found = re.search(r"is killed by signal: [^.]+|exited unexpectedly", text)
+    is_cut = isinstance(error, (ConnectionError, EOFError))  # it died while it handed a batch over
+    if "DataLoader worker" not in text and not is_cut:
+        return None
+    return ProcessError(
+        f"a loader process ended by itself ({found[0] if found else 'its connection was cut'}); often memory or shared memory "
+        f"ran out: lower `data.num_workers` or `data.prefetch_factor`. {again}"
+    )
 
 
 class ShardDataModule(L.LightningDataModule):

@@ -71,6 +71,12 @@ def newest_step(run_dir: Path) -> int:
     return int(re.findall(r"\d+", str(link.readlink()))[0]) if link.is_symlink() else 0
 
 
+def wait_for_checkpoints(run_dir: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    """Until ten steps are saved, or a process has ended."""
+    wait_until(lambda: newest_step(run_dir) >= 10 or any(p.poll() is not None for p in processes), "the first checkpoints")
+    assert newest_step(run_dir) >= 10, "ended before it saved anything"
+
+
 def test_pods_with_the_variables_of_kubernetes_run_the_chain(hosts: Hosts) -> None:
     chain = ["bash", str(REPOSITORY / "configs/kubernetes/base/chain.sh"), *settings("pods", 2)]
     with both(hosts, "pods", chain, WORK=str(hosts.folder), JOB_UID="one") as pods:
@@ -86,7 +92,7 @@ def test_a_killed_worker_is_named_on_both_hosts_and_the_job_goes_on(hosts: Hosts
     run_dir = hosts.folder / "runs/worker"
     command = ["shardline", "train", *settings("worker", 40)]
     with both(hosts, "worker", command) as pods:
-        wait_until(lambda: newest_step(run_dir) >= 10, "the first checkpoints")
+        wait_for_checkpoints(run_dir, pods)
         os.kill(ranks_of(run_dir)[1], signal.SIGKILL)
         codes = [pod.wait(timeout=60) for pod in pods]
     assert codes == [1, 1]
@@ -102,7 +108,7 @@ def test_a_killed_worker_is_named_on_both_hosts_and_the_job_goes_on(hosts: Hosts
 def test_a_short_cut_of_the_link_is_sat_out(hosts: Hosts) -> None:
     run_dir = hosts.folder / "runs/short-cut"
     with both(hosts, "short-cut", ["shardline", "train", *settings("short-cut", 25)]) as pods:
-        wait_until(lambda: newest_step(run_dir) >= 10, "the first checkpoints")
+        wait_for_checkpoints(run_dir, pods)
         hosts.cut_link()
         time.sleep(10)
         hosts.mend_link()
@@ -115,7 +121,7 @@ def test_a_long_cut_ends_both_sides_with_a_word_about_the_other_and_the_job_goes
     run_dir = hosts.folder / "runs/long-cut"
     command = ["shardline", "train", *settings("long-cut", 30, timeout=15)]
     with both(hosts, "long-cut", command) as pods:
-        wait_until(lambda: newest_step(run_dir) >= 10, "the first checkpoints")
+        wait_for_checkpoints(run_dir, pods)
         hosts.cut_link()
         codes = [pod.wait(timeout=60) for pod in pods]
     assert codes == [1, 1], said_by(hosts, "long-cut")
@@ -140,7 +146,7 @@ def test_plain_elastic_torchrun_starts_its_workers_again_by_itself(hosts: Hosts)
         for host in ("h1", "h2")
     ]
     try:
-        wait_until(lambda: newest_step(run_dir) >= 10, "the first checkpoints")
+        wait_for_checkpoints(run_dir, started)
         os.kill(worker_of(started[1].pid), signal.SIGKILL)
         codes = [agent.wait(timeout=200) for agent in started]
     finally:
