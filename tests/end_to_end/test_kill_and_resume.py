@@ -25,7 +25,7 @@ Victim = Literal["rank", "torchrun", "front door", "everything"]
 
 def weights_of(path: Path) -> str:
     """Sha256 over every tensor of the network and of the optimizer."""
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     digest = hashlib.sha256()
     for name, tensor in checkpoint["state_dict"].items():
         digest.update(name.encode() + tensor.numpy().tobytes())

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.distributed import LAUNCHER_PID, RankOutcome, num_processes, read_outcomes
+from pipeline import distributed
+from pipeline.distributed import LAUNCHER_PID, Member, RankOutcome, num_processes, read_outcomes
 from pipeline.errors import ConfigError
-from pipeline.launch import EXIT_DIR, launch
+from pipeline.launch import EXIT_DIR, is_first_node, launch, num_nodes, processes_here
 
 LIMIT_SECONDS = 20.0
 
@@ -286,3 +287,108 @@ def test_a_rank_whose_launcher_had_already_ended_does_nothing() -> None:
     )
     said, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert (process.returncode, said) == (1, "")
+
+
+# ---- whose fault it is ----
+
+
+def raised_by(work: Callable[[], object]) -> Exception:
+    try:
+        work()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+MEMBERS = [Member(0, "node1", "10.0.0.1"), Member(1, "node2", "10.0.0.2"), Member(2, "node3", "10.0.0.3")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4242", "rank 1 on node2 went away"),
+        (
+            "[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 600000ms for recv operation to complete",
+            r"ranks 1, 2 on node2, node3 did not answer in time \(hung, or the link is cut\)",
+        ),
+        ("Application timeout caused pair closure", "ranks 1, 2 on node2, node3 did not answer in time"),
+        ("NCCL communicator was aborted on rank 0", "ranks 1, 2 on node2, node3 went away"),
+    ],
+)
+def test_an_error_of_a_collective_names_the_ranks_that_were_lost(
+    monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    monkeypatch.setattr(distributed, "_members", MEMBERS)
+    monkeypatch.setenv("RANK", "0")
+    said = distributed.lost_peer(RuntimeError(text))
+    assert said is not None
+    assert re.search(words, said)
+
+
+def test_an_error_raised_in_a_collective_is_one_whatever_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_members", MEMBERS)
+    error = raised_by(lambda: torch.distributed.distributed_c10d._get_default_group())
+    assert isinstance(error, ValueError)
+    assert distributed.lost_peer(error) is None, "no group was made: that is our own mistake"
+    assert distributed.lost_peer(torch.distributed.DistBackendError("anything")) is not None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader timed out after 300 seconds"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        ValueError("NCCL"),
+    ],
+)
+def test_an_error_of_its_own_is_no_lost_rank(error: Exception) -> None:
+    assert distributed.lost_peer(error) is None
+
+
+def outcome(rank: int, code: int, seconds: float, *, lost: bool = False) -> RankOutcome:
+    return RankOutcome(rank, code, f"rank {rank}", time=1000.0 + seconds, host=f"node{rank}", lost_peer=lost)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "first"),
+    [
+        ([outcome(0, 1, 0.0, lost=True), outcome(1, -9, 1.5)], 1),  # killed; torchrun noticed late
+        ([outcome(0, 1, 0.0, lost=True), outcome(1, 1, 8.0)], 1),  # failed by itself, on a machine whose clock is late
+        ([outcome(0, 1, 6.0, lost=True), outcome(1, -9, 36.0)], 0),  # hung, until torchrun killed it
+        ([outcome(0, 1, 3.0), outcome(1, 1, 2.0), outcome(2, -15, 1.0)], 1),
+    ],
+)
+def test_the_cause_comes_before_its_consequences(tmp_path: Path, outcomes: list[RankOutcome], first: int) -> None:
+    for each in outcomes:
+        (tmp_path / f"rank-{each.rank}.json").write_text(json.dumps(asdict(each)))
+    assert read_outcomes(tmp_path)[0].rank == first
+
+
+# ---- several machines ----
+
+
+def test_a_machine_alone_is_the_first_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PET_NNODES", "PET_NODE_RANK", "PET_NPROC_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PROCS", "3")
+    assert (num_nodes(), is_first_node(), processes_here()) == (1, True, 3)
+
+
+@pytest.mark.parametrize(("nodes", "per_node", "expected"), [("4", "8", (4, 8)), ("2:4", "auto", (4, 3)), ("2", "", (2, 3))])
+def test_the_variables_of_torchrun_say_how_many_machines_and_processes(
+    monkeypatch: pytest.MonkeyPatch, nodes: str, per_node: str, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setenv("PET_NNODES", nodes)
+    monkeypatch.setenv("PET_NPROC_PER_NODE", per_node)
+    monkeypatch.setenv("PET_NODE_RANK", "1")
+    monkeypatch.setenv("PROCS", "3")
+    assert (num_nodes(), processes_here()) == expected
+    assert not is_first_node()
+
+
+@pytest.mark.parametrize("nodes", ["two", "0", "", "2:"])
+def test_a_number_of_machines_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, nodes: str) -> None:
+    monkeypatch.setenv("PET_NNODES", nodes)
+    with pytest.raises(ConfigError, match=f"PET_NNODES is '{nodes}'; it must be a number of machines, or MIN:MAX"):
+        num_nodes()
