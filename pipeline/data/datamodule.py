@@ -6,7 +6,6 @@ prefetch queue may be in it.
 
 import functools
 import os
-import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -20,8 +19,8 @@ from pipeline.data.cache import Prefetcher
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.order import GlobalBatchSampler, training_steps_per_epoch
 from pipeline.data.streaming import StreamDataset, StreamLoader
-from pipeline.data.worker import deliver, start_worker
-from pipeline.errors import ProcessError, RunError, ShardlineError
+from pipeline.data.worker import deliver, kill_workers_at_exit, start_worker, worker_errors_explained
+from pipeline.errors import RunError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 
@@ -39,20 +38,18 @@ class ResumableLoader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.delivered = self.batches.start
         upcoming = self.batches.upcoming_shards()
-        batches = super().__iter__()
-        # Only now: a thread that is in the middle of something must not be copied into a loader process.
-        prefetcher = self._prefetcher(upcoming)
-        try:
-            for batch in batches:
-                self.delivered += 1
-                yield batch
-        except ShardlineError as error:
-            raise type(error)(_own_message(error)) from None
-        except (RuntimeError, OSError, EOFError) as error:
-            raise _explain_loader(error, self.timeout) or error from None
-        finally:
-            if prefetcher is not None:
-                prefetcher.stop()
+        with worker_errors_explained(self.timeout):
+            batches = super().__iter__()
+            kill_workers_at_exit()
+            # Only now: a thread that is in the middle of something must not be copied into a loader process.
+            prefetcher = self._prefetcher(upcoming)
+            try:
+                for batch in batches:
+                    self.delivered += 1
+                    yield batch
+            finally:
+                if prefetcher is not None:
+                    prefetcher.stop()
 
     def _prefetcher(self, upcoming: Iterator[int]) -> Prefetcher | None:
         """Fetches the shards of a remote data set ahead of this epoch's batches."""
@@ -82,32 +79,6 @@ class ResumableLoader(DataLoader[Batch]):
         # A resumed epoch's iterator is made before Lightning calls set_epoch.
         self.batches.epoch, self.batches.start = epoch, batch
         self.delivered = batch
-
-
-def _own_message(error: ShardlineError) -> str:
-    """The message of an error without the traceback that torch writes before it when it comes from a loader process."""
-    return str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-
-
-def _explain_loader(error: Exception, timeout_seconds: float) -> ProcessError | None:
-    """What became of a loader process, from torch's words; None for an error that was raised in one, or elsewhere."""
-    text = str(error)
-    if text.startswith("Caught "):  # and passed on by torch, with its traceback
-        return None
-    again = "Run the same command again to go on from the last save."
-    if "DataLoader timed out" in text:
-        return ProcessError(
-            f"no batch from the loader processes in {timeout_seconds:g} s (`data.timeout_seconds`): one hangs, or the disk or "
-            f"network of the shards does. {again}"
-        )
-    found = re.search(r"is killed by signal: [^.]+|exited unexpectedly", text)
-    is_cut = isinstance(error, (ConnectionError, EOFError))  # it died while it handed a batch over
-    if "DataLoader worker" not in text and not is_cut:
-        return None
-    return ProcessError(
-        f"a loader process ended by itself ({found[0] if found else 'its connection was cut'}); often memory or shared memory "
-        f"ran out: lower `data.num_workers` or `data.prefetch_factor`. {again}"
-    )
 
 
 class ShardDataModule(L.LightningDataModule):

@@ -25,7 +25,7 @@ from pipeline.data.augment import Augmentation, neutral_colour, plain_image, see
 from pipeline.data.dataset import BadSample, Batch, new_images
 from pipeline.data.labels import SampleRule
 from pipeline.data.order import local_batch_size, mix
-from pipeline.data.worker import deliver
+from pipeline.data.worker import deliver, kill_workers_at_exit, worker_errors_explained
 from pipeline.errors import DataError, RunError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
@@ -152,13 +152,15 @@ class StreamLoader(DataLoader[Batch]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        if self._stream is None:
-            self._stream = super().__iter__()
-        self.delivered, self.begin_with = self.begin_with, 0
-        while self.delivered < self.num_batches:
-            batch = next(self._stream)
-            self.delivered += 1
-            yield batch
+        with worker_errors_explained(self.timeout):
+            if self._stream is None:
+                self._stream = super().__iter__()
+                kill_workers_at_exit()
+            self.delivered, self.begin_with = self.begin_with, 0
+            while self.delivered < self.num_batches:
+                batch = next(self._stream)
+                self.delivered += 1
+                yield batch
         self.epoch += 1
 
     def state_dict(self) -> dict[str, int]:
