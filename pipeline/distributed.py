@@ -205,7 +205,8 @@ def run_rank(work: Callable[[], None], exit_dir: Path) -> int:
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
         name = signal.Signals(number).name
-        outcome = RankOutcome(rank(), _code_of(number), f"stopped by {name} before training began; nothing to save")
+        message = f"stopped by {name} before training began; nothing to save"
+        outcome = RankOutcome(rank(), _code_of(number), message, time=time.time(), host=socket.gethostname())
         write_json(path, asdict(outcome))
         os._exit(outcome.exit_code)
 
@@ -266,8 +267,8 @@ def read_outcomes(exit_dir: Path) -> list[RankOutcome]:
 
 
 def _when_it_began(outcome: RankOutcome) -> float:
-    if outcome.exit_code == -signal.SIGTERM:
-        return math.inf  # torchrun ends the others so
+    if outcome.exit_code in (-signal.SIGTERM, _code_of(signal.SIGTERM), _code_of(signal.SIGINT)):
+        return math.inf  # torchrun ends the others so, also one that is about to say what it failed of
     if outcome.lost_peer:
         # Only a consequence, also where another machine's clock is late. But torchrun kills a hung rank 30 s after that.
         return outcome.time + 20.0

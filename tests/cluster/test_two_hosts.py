@@ -1,4 +1,4 @@
-"""Two hosts and a link between them: the variables that Kubernetes sets, a killed worker, and a cut that ends or does not."""
+"""Two hosts and a link between them: what Kubernetes sets, elastic torchrun, killed workers, and cuts of the link."""
 
 import contextlib
 import os
@@ -52,10 +52,15 @@ def both(hosts: Hosts, name: str, command: list[str], **variables: str) -> Itera
     try:
         yield started
     finally:
-        for process in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end(started)
+
+
+def end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Kill process groups, by their first process."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def log_of(hosts: Hosts, name: str, host: str) -> Path:
@@ -105,19 +110,7 @@ def test_a_killed_worker_is_named_on_both_hosts_and_the_job_goes_on(hosts: Hosts
     assert newest_step(run_dir) == 40 * STEPS_PER_EPOCH
 
 
-def test_a_short_cut_of_the_link_is_sat_out(hosts: Hosts) -> None:
-    run_dir = hosts.folder / "runs/short-cut"
-    with both(hosts, "short-cut", ["shardline", "train", *settings("short-cut", 25)]) as pods:
-        wait_for_checkpoints(run_dir, pods)
-        hosts.cut_link()
-        time.sleep(10)
-        hosts.mend_link()
-        codes = [pod.wait(timeout=120) for pod in pods]
-    assert codes == [0, 0], said_by(hosts, "short-cut")
-    assert newest_step(run_dir) == 25 * STEPS_PER_EPOCH
-
-
-def test_a_long_cut_ends_both_sides_with_a_word_about_the_other_and_the_job_goes_on(hosts: Hosts) -> None:
+def test_a_link_that_stays_cut_ends_both_sides_with_a_word_about_the_other_and_the_job_goes_on(hosts: Hosts) -> None:
     run_dir = hosts.folder / "runs/long-cut"
     command = ["shardline", "train", *settings("long-cut", 30, timeout=15)]
     with both(hosts, "long-cut", command) as pods:
@@ -136,28 +129,50 @@ def test_a_long_cut_ends_both_sides_with_a_word_about_the_other_and_the_job_goes
     assert newest_step(run_dir) == 30 * STEPS_PER_EPOCH
 
 
-def test_plain_elastic_torchrun_starts_its_workers_again_by_itself(hosts: Hosts) -> None:
-    run_dir = hosts.folder / "runs/elastic"
+# ---- plain torchrun, elastic ----
+
+
+@contextlib.contextmanager
+def elastic(hosts: Hosts, name: str, arguments: list[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """torchrun on both hosts, which starts its workers again by itself; ended with the block."""
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
-    agent += ["--rdzv-backend=c10d", "--rdzv-endpoint=h1:29500", "--rdzv-id=elastic"]
-    command = [*agent, "-m", "pipeline", "train", *settings("elastic", 40)]
+    agent += ["--rdzv-backend=c10d", "--rdzv-endpoint=h1:29500", f"--rdzv-id={name}"]
+    command = [*agent, "-m", "pipeline", "train", *arguments]
     started = [
-        hosts.start(host, command, log_of(hosts, "elastic", host), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-        for host in ("h1", "h2")
+        hosts.start(host, command, log_of(hosts, name, host), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") for host in ("h1", "h2")
     ]
     try:
-        wait_for_checkpoints(run_dir, started)
-        os.kill(worker_of(started[1].pid), signal.SIGKILL)
-        codes = [agent.wait(timeout=200) for agent in started]
+        yield started
     finally:
-        for process in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end(started)
+
+
+def test_elastic_torchrun_goes_on_after_a_killed_worker(hosts: Hosts) -> None:
+    run_dir = hosts.folder / "runs/elastic"
+    with elastic(hosts, "elastic", settings("elastic", 30)) as agents:
+        wait_for_checkpoints(run_dir, agents)
+        os.kill(worker_of(agents[1].pid), signal.SIGKILL)
+        codes = [agent.wait(timeout=200) for agent in agents]
     said = said_by(hosts, "elastic")
     assert codes == [0, 0], said
     assert re.search(r"going on after step \d+:", said)
-    assert newest_step(run_dir) == 40 * STEPS_PER_EPOCH
+    assert newest_step(run_dir) == 30 * STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize(("seconds", "is_sat_out"), [(10, True), (40, False)])
+def test_elastic_torchrun_goes_on_after_a_cut_of_the_link(hosts: Hosts, seconds: int, is_sat_out: bool) -> None:
+    name = f"cut-{seconds}"
+    run_dir = hosts.folder / "runs" / name
+    with elastic(hosts, name, settings(name, 30, timeout=25)) as agents:
+        wait_for_checkpoints(run_dir, agents)
+        hosts.cut_link()
+        time.sleep(seconds)
+        hosts.mend_link()
+        codes = [agent.wait(timeout=200) for agent in agents]
+    said = said_by(hosts, name)
+    assert codes == [0, 0], said
+    assert bool(re.search(r"going on after step \d+:", said)) is not is_sat_out
+    assert newest_step(run_dir) == 30 * STEPS_PER_EPOCH
 
 
 def worker_of(agent: int) -> int:

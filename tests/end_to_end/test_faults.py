@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def _parent_is_server(pid: int) -> bool:
     return "forkserver" in Path(f"/proc/{parent}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
+def wait_for_checkpoint(run_dir: Path, front_door: subprocess.Popen[bytes]) -> None:
+    """Until something is saved, or the training has ended."""
+    saved = (run_dir / "checkpoints/last.ckpt").exists
+    wait_until(lambda: saved() or front_door.poll() is not None, "the first checkpoint")
+    assert saved(), "ended before it saved anything"
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
@@ -34,15 +42,15 @@ def _parent_is_server(pid: int) -> bool:
             signal.SIGKILL,
             r"a loader process ended by itself \((is killed by signal: Killed|exited unexpectedly|its connection was cut)\)",
         ),
-        (signal.SIGSTOP, r"no batch from the loader processes in 4 s \(`data.timeout_seconds`\): one hangs"),
+        (signal.SIGSTOP, r"no batch from the loader processes in 15 s \(`data.timeout_seconds`\): one hangs"),
     ],
 )
 def test_a_loader_process_that_dies_or_hangs_is_named(workspace: Path, number: signal.Signals, message: str) -> None:
     name = f"loader-{number.name}"
     run_dir, log = workspace / "runs" / name, workspace / f"{name}.log"
-    settings = [*SETTINGS, f"--name={name}", "--data.num_workers=1", "--data.timeout_seconds=4", "--data.prefetch_factor=1"]
+    settings = [*SETTINGS, f"--name={name}", "--data.num_workers=1", "--data.timeout_seconds=15", "--data.prefetch_factor=1"]
     with started("train", *settings, cwd=workspace, log=log) as front_door:
-        wait_until((run_dir / "checkpoints/last.ckpt").exists, "the first checkpoint")
+        wait_for_checkpoint(run_dir, front_door)
         for pid in loaders_of(run_dir):
             os.kill(pid, number)
         assert front_door.wait(timeout=90) == 1
@@ -58,7 +66,7 @@ def test_a_rank_that_hangs_is_named_by_the_others(workspace: Path) -> None:
     run_dir, log = workspace / "runs/hung", workspace / "hung.log"
     settings = [*SETTINGS, "--name=hung", "--trainer.timeout_seconds=6"]
     with started("train", *settings, cwd=workspace, log=log) as front_door:
-        wait_until((run_dir / "checkpoints/last.ckpt").exists, "the first checkpoint")
+        wait_for_checkpoint(run_dir, front_door)
         os.kill(ranks_of(run_dir)[1], signal.SIGSTOP)
         assert front_door.wait(timeout=100) == 1
     said = log.read_text()
@@ -71,7 +79,7 @@ def test_an_unfinished_run_with_another_batch_is_refused_and_may_go_on_all_the_s
     run_dir, log = workspace / "runs/changed", workspace / "changed.log"
     settings = ["--dataset.path=data/digits", "--name=changed", "--trainer.max_epochs=4", "--trainer.checkpoint_every_steps=5"]
     with started("train", *settings, cwd=workspace, log=log) as front_door:
-        wait_until((run_dir / "checkpoints/last.ckpt").exists, "the first checkpoint")
+        wait_for_checkpoint(run_dir, front_door)
         kill(front_door.pid, *processes_of(run_dir))
     wait_until(lambda: not processes_of(run_dir), "the last process to end", seconds=20)
 

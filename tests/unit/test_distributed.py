@@ -357,6 +357,7 @@ def outcome(rank: int, code: int, seconds: float, *, lost: bool = False) -> Rank
         ([outcome(0, 1, 0.0, lost=True), outcome(1, 1, 8.0)], 1),  # failed by itself, on a machine whose clock is late
         ([outcome(0, 1, 6.0, lost=True), outcome(1, -9, 36.0)], 0),  # hung, until torchrun killed it
         ([outcome(0, 1, 3.0), outcome(1, 1, 2.0), outcome(2, -15, 1.0)], 1),
+        ([outcome(0, 143, 0.0), outcome(1, 1, 2.0)], 1),  # ended by torchrun on its way out of training
     ],
 )
 def test_the_cause_comes_before_its_consequences(tmp_path: Path, outcomes: list[RankOutcome], first: int) -> None:
