@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,9 +151,19 @@ def test_three_jobs_at_once_of_which_one_is_killed_make_the_same_data_set(
 def test_ctrl_c_ends_it_at_once_and_says_how_to_go_on(images: Path, tmp_path: Path) -> None:
     target = tmp_path / "dataset"
     log = tmp_path / "log"
+    for number in range(4):  # seconds of work, so that there is a middle of it on a busy machine too
+        shutil.copytree(images, tmp_path / f"source/{number}")
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", "shard", f"--dataset.source={images}", f"--dataset.path={target}", *SETTINGS],
+            [
+                sys.executable,
+                "-m",
+                "pipeline",
+                "shard",
+                f"--dataset.source={tmp_path}/source",
+                f"--dataset.path={target}",
+                *SETTINGS,
+            ],
             cwd=tmp_path,
             stdout=output,
             stderr=subprocess.STDOUT,
