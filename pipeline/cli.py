@@ -625,9 +625,10 @@ def bench(argv: list[str]) -> int:
             raise ConfigError(f"`--{name.replace('_', '-')}` is {options[name]}; it must be {least} or more.")
     out = Path(options.out)
     if options.what == "checkpoint":
-        from pipeline.bench.checkpoint import checkpoint_costs
+        from pipeline.bench.checkpoint import checkpoint_costs, start_seconds
 
         _show_figures("network", checkpoint_costs(out, options.rounds))
+        _show_figures("training", start_seconds(out, options.rounds))
         return 0
     benchmark = run_benchmark(out, parts, options.num_images, options.workers, options.rounds)
     for part, contenders in benchmark.figures.items():

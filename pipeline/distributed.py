@@ -4,6 +4,7 @@ A rank that fails leaves the others waiting in a collective, and each of them th
 every rank leaves RUN/exit/rank-N.json, which says whether it failed by itself or only lost another, and where it ran.
 """
 
+import contextlib
 import ctypes
 import json
 import math
@@ -207,14 +208,19 @@ def run_rank(work: Callable[[], None], exit_dir: Path) -> int:
         name = signal.Signals(number).name
         message = f"stopped by {name} before training began; nothing to save"
         outcome = RankOutcome(rank(), _code_of(number), message, time=time.time(), host=socket.gethostname())
-        write_json(path, asdict(outcome))
+        with contextlib.suppress(OSError):
+            write_json(path, asdict(outcome))
         os._exit(outcome.exit_code)
 
     for number in STOP_SIGNALS:
         signal.signal(number, end)
     outcome = _outcome_of(work)
-    write_json(path, asdict(outcome))
-    if outcome.exit_code and LAUNCHER_PID not in os.environ:
+    has_launcher = LAUNCHER_PID in os.environ
+    try:
+        write_json(path, asdict(outcome))
+    except OSError:  # the disk that failed may be this one
+        has_launcher = False
+    if outcome.exit_code and not has_launcher:
         _speak(outcome, exit_dir)
     if outcome.exit_code:
         # The others may wait for this rank in a collective; a tidy exit would wait for them.

@@ -106,6 +106,8 @@ def _conclude(returned: int, exit_dir: Path, received: list[int], processes: int
         causes.sort(key=lambda outcome: (not outcome.lost_peer, outcome.host != socket.gethostname()))
     if returned == 0 and not causes and (num_nodes() > 1 or len(outcomes) == processes):
         return 0
+    if returned in (2, 3) and all(outcome.lost_peer for outcome in causes):
+        return returned  # of a rank that could leave no word, for example on a full disk, and spoke itself
     if not causes:
         why = f"by signal {-returned} ({signal.Signals(-returned).name})" if returned < 0 else f"with code {returned}"
         missing = sorted(set(range(processes)) - {outcome.rank for outcome in outcomes})
@@ -173,8 +175,9 @@ def run_launcher(arguments: list[str]) -> int:
         for number, failure in error.failures.items():
             path = exit_dir / f"rank-{number}.json"
             if not path.exists():
-                write_json(path, asdict(_killed(number, failure.exitcode, float(failure.timestamp))))
-        return 1
+                with contextlib.suppress(OSError):
+                    write_json(path, asdict(_killed(number, failure.exitcode, float(failure.timestamp))))
+        return max((failure.exitcode for failure in error.failures.values() if failure.exitcode in (2, 3)), default=1)
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

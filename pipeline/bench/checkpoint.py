@@ -1,6 +1,9 @@
-"""What a checkpoint costs the training: CPU time of the thread that trains, by the size of the network."""
+"""What checkpoints cost: CPU time of the thread that trains, by the size of the network, and time to begin from one."""
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +12,8 @@ from torch import nn
 
 from pipeline.bench.measure import Figures
 from pipeline.console import say
-from pipeline.training.checkpoint import checksum_path
+from pipeline.errors import ProcessError
+from pipeline.training.checkpoint import checkpoints_in, checksum_path, step_of
 from pipeline.training.checkpoint_writer import DurableCheckpointIO
 
 # Networks of torchvision with about as many parameters as people train.
@@ -55,3 +59,43 @@ def _cost_of(network: nn.Module, path: Path, rounds: int) -> Figures:
         "seconds": statistics.median(wall),
         "% at one a minute": 100 * statistics.median(cpu) / SECONDS_BETWEEN_SAVES,
     }
+
+
+def start_seconds(folder: Path, rounds: int) -> dict[str, Figures]:
+    """Seconds from the command to the first saved step of a training of the digits on one process, new and resumed in turns.
+
+    Medians of `rounds`; the data set and the runs stay in `folder`. Raises ProcessError if a command fails.
+    """
+    folder = folder.resolve()
+    dataset = folder / "digits"
+    subprocess.run(
+        [sys.executable, "-m", "pipeline", "shard", f"--dataset.path={dataset}"], check=True, stdout=subprocess.DEVNULL
+    )
+    new, resumed = [], []
+    for number in range(rounds):
+        say(f"starting a training, and going on with it: {number + 1}/{rounds}")
+        run_dir = folder / f"run-{time.time_ns()}"
+        new.append(_seconds_to_a_step(dataset, run_dir))
+        resumed.append(_seconds_to_a_step(dataset, run_dir))
+    cold, warm = statistics.median(new), statistics.median(resumed)
+    return {"cold start": {"seconds": cold, "ratio": 1.0}, "resume": {"seconds": warm, "ratio": warm / cold}}
+
+
+def _seconds_to_a_step(dataset: Path, run_dir: Path) -> float:
+    settings = [f"--dataset.path={dataset}", f"--runs_dir={run_dir.parent}", f"--name={run_dir.name}"]
+    command = [sys.executable, "-m", "pipeline", "train", *settings, "--trainer.checkpoint_every_steps=1"]
+    before, began = _newest_step(run_dir), time.monotonic()
+    process = subprocess.Popen(command, env={**os.environ, "PROCS": "1"}, stdout=subprocess.DEVNULL)
+    try:
+        while _newest_step(run_dir) <= before:
+            if process.poll() is not None:
+                raise ProcessError(f"the training in {run_dir} ended before its first step.")
+            time.sleep(0.005)
+        return time.monotonic() - began
+    finally:
+        process.terminate()  # it saves, and what follows goes on from there
+        process.wait()
+
+
+def _newest_step(run_dir: Path) -> int:
+    return max((step_of(path) for path in checkpoints_in(run_dir)), default=0)

@@ -25,15 +25,23 @@ from pipeline.training.classifier import Classifier, ends_step, monitored
 
 
 class _HashedFile:
-    """Hashes what is written on its way, so that the bytes need not be read again."""
+    """Hashes what is written on its way, so that the bytes need not be read again.
+
+    torch turns an error of the disk into one about its own state; `error` keeps the first one.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
         """Write and hash; torch writes a checkpoint from beginning to end."""
         self.sha256.update(content)
-        return self.file.write(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def flush(self) -> None:
         """Pass on."""
@@ -51,7 +59,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
         try:
             with temporary.open("wb") as file:
                 hashed = _HashedFile(file)
-                torch.save(checkpoint, hashed)  # type: ignore[arg-type]
+                try:
+                    torch.save(checkpoint, hashed)  # type: ignore[arg-type]
+                except RuntimeError as error:
+                    raise hashed.error or error from None
             write_bytes(checksum_path(final), f"{hashed.sha256.hexdigest()}  {final.name}\n".encode())
             publish(temporary, final)
         except BaseException as error:

@@ -1,5 +1,6 @@
 """`shardline train` as one rank: Lightning's Trainer around the classifier, from the last checkpoint if there is one."""
 
+import contextlib
 import logging
 import warnings
 from datetime import timedelta
@@ -91,15 +92,14 @@ def _fit_recorded(config: Config, manifest: DatasetManifest, record: RunRecord) 
     tracker = open_tracker(config, record)
     try:
         steps, writer = _fit_rank(config, manifest, record, tracker)
-    except StoppedError:
-        record.outcome = "stopped"
-        record.save()
-        tracker.finish("KILLED")
-        raise
-    except BaseException:
-        record.outcome = "failed"
-        record.save()
-        tracker.finish("FAILED")
+    except BaseException as error:
+        is_stop = isinstance(error, StoppedError)
+        record.outcome = "stopped" if is_stop else "failed"
+        # What ended the training may refuse these as well, a full disk for one, and is what has to be told.
+        with contextlib.suppress(Exception):
+            record.save()
+        with contextlib.suppress(Exception):
+            tracker.finish("KILLED" if is_stop else "FAILED")
         raise
     best = writer.best_path
     record.steps, record.outcome = steps, "done"

@@ -1,13 +1,17 @@
-"""Processes that die or hang in the middle of a training: everything ends, soon, and the first line says who and why."""
+"""Faults in the middle of a training: everything ends, soon, and the first line says who and why."""
 
 import os
 import re
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from pipeline.training.checkpoint import checkpoints_in, step_of
 from tests.processes import kill, processes_of, ranks_of, shardline, started, wait_until
 
 SETTINGS = ["--dataset.path=data/digits", "--trainer.max_epochs=40", "--trainer.checkpoint_every_steps=5"]
@@ -92,3 +96,84 @@ def test_an_unfinished_run_with_another_batch_is_refused_and_may_go_on_all_the_s
     assert allowed.returncode == 0, allowed.stderr
     assert "the checkpoint's epoch had 16 steps, now 33: going on after" in allowed.stdout
     assert "epoch 4/4" in allowed.stdout
+
+
+# ---- a disk that takes no more ----
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A file system of 2.2 MB on the run's folder, seen by the processes started on it only."""
+
+    workspace: Path
+    run_dir: Path
+    holder: int
+
+    def inside(self, *command: str) -> list[str]:
+        """The command line that runs a command where the disk is mounted."""
+        return ["nsenter", "-t", str(self.holder), "-m", "--", *command]
+
+    def remount(self, options: str) -> None:
+        """Make it larger, or read-only."""
+        command = self.inside("mount", "-o", f"remount,{options}", str(self.run_dir))
+        wait_until(lambda: subprocess.run(command, capture_output=True, check=False).returncode == 0, f"remount {options}")
+
+    def train(self, log: Path) -> subprocess.Popen[bytes]:
+        """Start a training whose every checkpoint has about 0.8 MB."""
+        settings = ["--dataset.path=data/digits", f"--name={self.run_dir.name}", "--trainer.max_epochs=8"]
+        train = [sys.executable, "-m", "pipeline", "train", *settings, "--trainer.checkpoint_every_steps=5"]
+        command = self.inside("sh", "-c", 'cd "$0" && exec "$@"', str(self.workspace), *train)
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint."""
+        folder = Path(f"/proc/{self.holder}/root{self.run_dir}/checkpoints")
+        return max((step_of(path) for path in checkpoints_in(folder.parent)), default=0)
+
+
+@pytest.fixture
+def disk(workspace: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
+    """One for each test."""
+    run_dir = workspace / "runs" / request.param
+    run_dir.mkdir(parents=True)
+    ready = workspace / f"{request.param}.ready"
+    script = f"mount -t tmpfs -o size=2200k tmpfs {run_dir} && touch {ready} && exec sleep infinity"
+    holder = subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sh", "-c", script])
+    try:
+        wait_until(lambda: ready.exists() or holder.poll() is not None, "the disk", seconds=20)
+        if holder.poll() is not None:
+            pytest.skip("needs the right to mount a file system")
+        yield Disk(workspace, run_dir, holder.pid)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+@pytest.mark.parametrize(
+    ("disk", "why"), [("full", "No space left on device"), ("read-only", "Read-only file system")], indirect=["disk"]
+)
+def test_a_save_that_the_disk_refuses_is_loud_and_the_run_goes_on_from_the_one_before(disk: Disk, why: str) -> None:
+    log = disk.workspace / f"{disk.run_dir.name}.log"
+    training = disk.train(log)
+    try:
+        if disk.run_dir.name == "read-only":
+            disk.remount("size=50m")
+            wait_until(lambda: disk.newest_step() >= 10 or training.poll() is not None, "the first checkpoints")
+            disk.remount("ro")
+        assert training.wait(timeout=120) == 2, log.read_text()
+    finally:
+        training.kill()
+        training.wait()
+    assert re.search(rf"(error|rank 0): runs/\S+/checkpoints/\S*step-\d+\.ckpt\S*: {why}\. ", log.read_text()), log.read_text()
+    kept = disk.newest_step()
+    assert kept >= 5
+
+    disk.remount("rw,size=50m")
+    assert disk.train(log).wait(timeout=150) == 0, log.read_text()
+    assert f"going on after step {kept}:" in log.read_text()

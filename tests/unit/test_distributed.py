@@ -148,6 +148,12 @@ def test_ranks_that_stopped_after_saving_give_128_and_the_signal(ended: Launch, 
     assert capsys.readouterr().err == "stopped by SIGTERM after step 7, saved.\n"
 
 
+def test_a_rank_that_could_leave_no_word_has_spoken_itself(ended: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(returned=2) == 2
+    assert ended(RankOutcome(1, 1, "rank 0 went away", lost_peer=True), returned=2) == 2
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_training_began_is_passed_on_once_and_says_that_nothing_was_lost(
     ended: Launch, capsys: pytest.CaptureFixture[str], number: signal.Signals
@@ -331,6 +337,14 @@ def test_an_error_raised_in_a_collective_is_one_whatever_it_says(monkeypatch: py
     assert isinstance(error, ValueError)
     assert distributed.lost_peer(error) is None, "no group was made: that is our own mistake"
     assert distributed.lost_peer(torch.distributed.DistBackendError("anything")) is not None
+
+
+def test_a_rank_that_can_write_nothing_says_how_it_ended(tmp_path: Path) -> None:
+    work = "p = Path(sys.argv[1]); p.rmdir(); p.touch(); raise OSError(28, 'No space left on device', 'last.ckpt')"
+    process = python(RANK.format(work=work), str(tmp_path), RANK="1", **{LAUNCHER_PID: str(os.getpid())})
+    _, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 2
+    assert errors.startswith("rank 1: last.ckpt: No space left on device. The disk is full")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import math
+import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -29,13 +30,6 @@ def make_writer(tiny_dataset: DatasetManifest, record: RunRecord) -> Callable[[C
 # ---- one file ----
 
 
-class DiskFull:
-    """Pickling it fails half-way, as a write to a full disk does."""
-
-    def __reduce__(self) -> Any:
-        raise OSError(28, "No space left on device")
-
-
 def test_a_checkpoint_is_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints/last.ckpt"
     DurableCheckpointIO().save_checkpoint({"step": 1, "weight": torch.ones(3)}, path)
@@ -45,24 +39,30 @@ def test_a_checkpoint_is_written_whole(tmp_path: Path) -> None:
     assert done.stdout == "last.ckpt: OK\n"
 
 
-@pytest.mark.parametrize("fails", ["while writing", "before the new name"])
+@pytest.mark.parametrize(
+    ("fails", "reason"), [("while writing", "File too large"), ("before the new name", "No space left on device")]
+)
 def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, reason: str
 ) -> None:
     path = tmp_path / "last.ckpt"
     DurableCheckpointIO().save_checkpoint({"step": 1}, path)
-    new: dict[str, Any] = {"step": 2, "weight": torch.zeros(100_000)}
-    if fails == "while writing":
-        new["last"] = DiskFull()
-    else:
+    new = {"step": 2, "weight": torch.zeros(100_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if fails == "before the new name":
 
         def publish(temporary: Path, final: Path) -> None:
             assert torch.load(temporary, weights_only=True)["step"] == 2
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(checkpoint_writer, "publish", publish)
-    with pytest.raises(OSError, match="No space left"):
-        DurableCheckpointIO().save_checkpoint(new, path)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"{reason}: '.*last.ckpt'"):
+            DurableCheckpointIO().save_checkpoint(new, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert sorted(found.name for found in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
 
