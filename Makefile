@@ -10,7 +10,7 @@ VENV ?= .venv
 # Where to take torch from instead of the lock file, for example https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 UI_PORT ?= 5000
-# For `make slurm`: machines, GPUs on each (nothing: the CPUs), and more options of sbatch
+# For `make slurm`: machines, GPUs on each (nothing: the CPUs), VERBS if not the whole chain, more options of sbatch
 NODES ?= 1
 GPUS ?=
 SBATCH ?=
@@ -72,7 +72,7 @@ export: $(READY) ## best checkpoint -> validated ONNX
 doctor: $(READY) ## what a long job would trip over, on this machine
 	$(SHARDLINE) doctor $(SETTINGS)
 
-slurm: $(READY) ## the whole chain as a Slurm job: NODES=4 GPUS=8
+slurm: $(READY) ## the whole chain, or VERBS of it, as a Slurm job: NODES=4 GPUS=8
 	sbatch --nodes=$(NODES) $(if $(GPUS),--gpus-per-node=$(GPUS)) $(SBATCH) configs/slurm/chain.sbatch $(SETTINGS)
 
 k8s: ## the whole chain on Kubernetes: K8S=trainjob or K8S=indexed-job

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import math
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,23 +26,25 @@ from pipeline.training.classifier import Classifier, ends_step, monitored
 
 
 class _HashedFile:
-    """Hashes what is written on its way, so that the bytes need not be read again.
+    """Hashes what is written on its way, beside the thread that trains, so that the bytes need not be read again.
 
     torch turns an error of the disk into one about its own state; `error` keeps the first one.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sha256 = file, hashlib.sha256()
+    def __init__(self, file: IO[bytes], helper: Executor) -> None:
+        self.file, self.helper, self.sha256 = file, helper, hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
-        """Write and hash; torch writes a checkpoint from beginning to end."""
-        self.sha256.update(content)
+        """Write and hash; torch writes a checkpoint from beginning to end, and owns `content` again afterwards."""
+        hashed = self.helper.submit(self.sha256.update, content)
         try:
             return self.file.write(content)
         except OSError as error:
             self.error = self.error or error
             raise
+        finally:
+            hashed.result()
 
     def flush(self) -> None:
         """Pass on."""
@@ -57,8 +60,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_name(final)
         try:
-            with temporary.open("wb") as file:
-                hashed = _HashedFile(file)
+            with temporary.open("wb") as file, ThreadPoolExecutor(1) as helper:
+                hashed = _HashedFile(file, helper)
                 try:
                     torch.save(checkpoint, hashed)  # type: ignore[arg-type]
                 except RuntimeError as error:

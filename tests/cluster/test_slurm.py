@@ -76,7 +76,7 @@ def bring_back(slurm: Slurm, node: str) -> None:
 
 
 def test_a_job_finishes_after_a_killed_rank_and_a_lost_node(slurm: Slurm, shared_folder: Path) -> None:
-    name, epochs = "hurt", 45
+    name, epochs = "hurt", 35
     job = submit(slurm, shared_folder, name, epochs)
     wait_until(lambda: newest_step(shared_folder, name) >= 10, "the first checkpoints", 120)
     kill(rank_on(slurm, "node2"))
@@ -128,3 +128,13 @@ def test_a_mistake_is_said_once_and_not_tried_again(slurm: Slurm, shared_folder:
     said = slurm.run("sbatch", "--parsable", str(CHAIN), "--optimizer.nam=SGD", cwd=shared_folder, **environment)
     slurm.wait_for(said, "FAILED", 60)
     assert log_of(shared_folder, said).count("shardline: error: unknown option `--optimizer.nam`") == 1
+
+
+def test_doctor_as_a_job_looks_at_every_node(slurm: Slurm, shared_folder: Path) -> None:
+    environment = {"VENV": str(Path(sys.executable).parents[1]), "PROCS": "1", "OMP_NUM_THREADS": "1", "VERBS": "doctor"}
+    command = ["sbatch", "--parsable", "--nodes=2", str(CHAIN), "--dataset.path=data/digits"]
+    job = slurm.run(*command, cwd=shared_folder, **environment)
+    slurm.wait_for(job, "COMPLETED", 90)
+    log = log_of(shared_folder, job)
+    assert re.search(r"rendezvous on node1 +2 processes on 2 machines: node1, node2", log), log
+    assert "training" not in log

@@ -1,6 +1,7 @@
 """Two hosts and a link between them: what Kubernetes sets, elastic torchrun, killed workers, and cuts of the link."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -93,9 +94,20 @@ def test_pods_with_the_variables_of_kubernetes_run_the_chain(hosts: Hosts) -> No
     assert (hosts.folder / "runs/pods/export/model.onnx").is_file()
 
 
+def test_doctor_looks_at_both_hosts_and_at_what_lies_between_them(hosts: Hosts) -> None:
+    with both(hosts, "doctor", ["shardline", "doctor", "--dataset.path=data/digits"]) as pods:
+        codes = [pod.wait(timeout=120) for pod in pods]
+    assert codes == [0, 0], said_by(hosts, "doctor")
+    findings = json.loads((hosts.folder / "runs/doctor.json").read_text())
+    assert {finding["host"] for finding in findings if finding["check"] == "open files"} == {"h1", "h2"}
+    found = {finding["check"]: finding["found"] for finding in findings}
+    assert found["rendezvous"].startswith("2 processes on 2 machines: ")
+    assert found["all reduce"].startswith("right, ")
+
+
 def test_a_killed_worker_is_named_on_both_hosts_and_the_job_goes_on(hosts: Hosts) -> None:
     run_dir = hosts.folder / "runs/worker"
-    command = ["shardline", "train", *settings("worker", 40)]
+    command = ["shardline", "train", *settings("worker", 25)]
     with both(hosts, "worker", command) as pods:
         wait_for_checkpoints(run_dir, pods)
         os.kill(ranks_of(run_dir)[1], signal.SIGKILL)
@@ -107,7 +119,7 @@ def test_a_killed_worker_is_named_on_both_hosts_and_the_job_goes_on(hosts: Hosts
     with both(hosts, "worker", command) as pods:
         assert [pod.wait(timeout=150) for pod in pods] == [0, 0], said_by(hosts, "worker")
     assert re.search(r"going on after step \d+:", said_by(hosts, "worker"))
-    assert newest_step(run_dir) == 40 * STEPS_PER_EPOCH
+    assert newest_step(run_dir) == 25 * STEPS_PER_EPOCH
 
 
 def test_a_link_that_stays_cut_ends_both_sides_with_a_word_about_the_other_and_the_job_goes_on(hosts: Hosts) -> None:
