@@ -104,7 +104,7 @@ class DataConfig:
     pin_memory: bool | None = setting(None, "page-locked batches; null: where a GPU is used", identity=False)
     persistent_workers: bool = setting(True, "keep loader processes between epochs", identity=False)
     prefetch_factor: int = setting(2, "batches each loader process reads ahead", identity=False)
-    timeout_seconds: float = setting(300.0, "longest wait for a batch from a loader process", identity=False)
+    timeout_seconds: float = setting(300.0, "longest wait for a batch; 0: no limit", identity=False)
     max_bad_share: float = setting(0.01, "stop when more than this share of an epoch no longer decodes", identity=False)
     max_bad_in_row: int = setting(100, "stop when this many samples in a row no longer decode", identity=False)
     cache_dir: str = setting("", "folder for shards of a remote data set; default ~/.cache/shardline", identity=False)

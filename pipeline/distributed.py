@@ -4,6 +4,7 @@ A rank that fails leaves the others waiting in a collective, and each of them th
 every rank leaves RUN/exit/rank-N.json, which says whether it failed by itself or only lost another, and where it ran.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -201,6 +202,9 @@ def _is_of_collective(error: BaseException) -> bool:
 def run_rank(work: Callable[[], None], exit_dir: Path) -> int:
     """Do a rank's work; leave its outcome in `exit_dir` and return its exit code."""
     die_with_parent()
+    # Registered first, so called last: what others clean up at exit is done, and C++ threads that outlive the interpreter
+    # can no longer end a rank that succeeded by "terminate called without an active exception" (seen once).
+    atexit.register(_leave)
     path = exit_dir / f"rank-{rank()}.json"
     path.unlink(missing_ok=True)  # of an earlier try, where an elastic launcher starts the ranks again
 
@@ -223,10 +227,15 @@ def run_rank(work: Callable[[], None], exit_dir: Path) -> int:
     if outcome.exit_code and not has_launcher:
         _speak(outcome, exit_dir)
     if outcome.exit_code:
-        # The others may wait for this rank in a collective; a tidy exit would wait for them.
-        sys.stdout.flush()
-        os._exit(outcome.exit_code)
+        _leave(outcome.exit_code)  # the others may wait for this rank in a collective; a tidy exit would wait for them
     return 0
+
+
+def _leave(exit_code: int = 0) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(exit_code)
 
 
 def _code_of(number: int) -> int:

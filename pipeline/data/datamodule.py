@@ -19,7 +19,7 @@ from pipeline.data.cache import Prefetcher
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.order import GlobalBatchSampler, training_steps_per_epoch
 from pipeline.data.streaming import StreamDataset, StreamLoader
-from pipeline.data.worker import deliver, kill_workers_at_exit, start_worker, worker_errors_explained
+from pipeline.data.worker import deliver, in_time, kill_workers_at_exit, start_worker, time_limit, worker_errors_explained
 from pipeline.errors import RunError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
@@ -30,6 +30,10 @@ class ResumableLoader(DataLoader[Batch]):
 
     delivered = 0
 
+    def __init__(self, dataset: ShardDataset, timeout_seconds: float, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.timeout_seconds = timeout_seconds
+
     @property
     def batches(self) -> GlobalBatchSampler:
         """The sampler that decides what each batch holds."""
@@ -38,13 +42,14 @@ class ResumableLoader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.delivered = self.batches.start
         upcoming = self.batches.upcoming_shards()
-        with worker_errors_explained(self.timeout):
-            batches = super().__iter__()
+        with worker_errors_explained():
+            with time_limit(self.timeout_seconds):  # processes that stay from one epoch to the next are asked to begin anew
+                batches = super().__iter__()
             kill_workers_at_exit()
             # Only now: a thread that is in the middle of something must not be copied into a loader process.
             prefetcher = self._prefetcher(upcoming)
             try:
-                for batch in batches:
+                for batch in in_time(batches, self.timeout_seconds):
                     self.delivered += 1
                     yield batch
             finally:
@@ -131,7 +136,10 @@ class ShardDataModule(L.LightningDataModule):
                 "multiprocessing_context": config.start_method,
                 "persistent_workers": config.persistent_workers,
                 "prefetch_factor": config.prefetch_factor,
-                "timeout": config.timeout_seconds,
                 "worker_init_fn": functools.partial(start_worker, rank_pid=os.getpid()),
             }
-        return {"pin_memory": accelerator.pins_memory(config.pin_memory), **workers}
+        return {
+            "timeout_seconds": config.timeout_seconds,
+            "pin_memory": accelerator.pins_memory(config.pin_memory),
+            **workers,
+        }

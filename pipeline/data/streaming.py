@@ -25,7 +25,7 @@ from pipeline.data.augment import Augmentation, neutral_colour, plain_image, see
 from pipeline.data.dataset import BadSample, Batch, new_images
 from pipeline.data.labels import SampleRule
 from pipeline.data.order import local_batch_size, mix
-from pipeline.data.worker import deliver, kill_workers_at_exit, worker_errors_explained
+from pipeline.data.worker import deliver, in_time, kill_workers_at_exit, time_limit, worker_errors_explained
 from pipeline.errors import DataError, RunError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
@@ -142,9 +142,12 @@ def open_stream(url: str) -> BinaryIO:
 class StreamLoader(DataLoader[Batch]):
     """Endless batches cut into epochs of `num_batches`; the stream goes on from one epoch to the next."""
 
-    def __init__(self, dataset: StreamDataset, num_batches: int, global_batch_size: int, **options: Any) -> None:
+    def __init__(
+        self, dataset: StreamDataset, num_batches: int, global_batch_size: int, timeout_seconds: float, **options: Any
+    ) -> None:
         super().__init__(dataset, batch_size=None, collate_fn=deliver, **options)
         self.num_batches, self.global_batch_size = num_batches, global_batch_size
+        self.timeout_seconds = timeout_seconds
         self.epoch = self.delivered = self.begin_with = 0
         self._stream: Iterator[Batch] | None = None
 
@@ -152,9 +155,10 @@ class StreamLoader(DataLoader[Batch]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        with worker_errors_explained(self.timeout):
+        with worker_errors_explained():
             if self._stream is None:
-                self._stream = super().__iter__()
+                with time_limit(self.timeout_seconds):
+                    self._stream = in_time(super().__iter__(), self.timeout_seconds)
                 kill_workers_at_exit()
             self.delivered, self.begin_with = self.begin_with, 0
             while self.delivered < self.num_batches:

@@ -238,6 +238,14 @@ def test_a_rank_leaves_how_it_ended(tmp_path: Path, work: str, code: int, messag
     assert message in errors, "without a front door the rank speaks for itself"
 
 
+def test_a_rank_that_succeeded_is_not_ended_by_what_outlives_the_interpreter(tmp_path: Path) -> None:
+    work = "import atexit, ctypes; libc = ctypes.CDLL(None); atexit.register(print, 'tidy'); libc.on_exit(libc.abort, None)"
+    process = python(RANK.format(work=work), str(tmp_path), RANK="0")
+    said, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 0, errors
+    assert said == "tidy\n"
+
+
 BOUND = """
 import sys, time
 from pipeline.distributed import die_with
