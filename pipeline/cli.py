@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pipeline
 from pipeline import distributed, launch
@@ -191,7 +191,7 @@ def _dataset_facts(manifest: DatasetManifest, folder: Path) -> dict[str, str]:
         "in": str(folder),
     }
     if manifest.info["num_ignored"]:
-        facts["ignored"] = f"{manifest.info['num_ignored']:,} files that are no images"
+        facts["ignored"] = f"{manifest.info['num_ignored']:,} files: no images of a known kind, or in no class folder"
     if manifest.info.get("num_rejected"):
         reasons = "; ".join(f"{number:,} {reason}" for reason, number in manifest.info["rejected"].items())
         facts["rejected"] = f"{reasons} (see rejected.jsonl)"
@@ -239,7 +239,7 @@ def index(argv: list[str]) -> int:
     folder = config.dataset_dir if options.folder is None else Path(options.folder)
     patterns = {split: options[split] for split in ("train", "val", "test") if options[split]}
     classes = Path(options.classes) if options.classes else None
-    adoption = Adoption(patterns, options.stream, options.label, options.image, classes)
+    adoption = Adoption(patterns, options.stream, options.label, options.image.removeprefix(".").lower(), classes)
     with locked(folder):
         manifest, made = adopt_shards(folder, adoption, fresh=options.fresh)
     if not made:
@@ -445,12 +445,17 @@ def _show_result(run_dir: Path, next_command: str) -> None:
     result = json.loads(path.read_text())
     worst = sorted((recall, name) for name, recall in result["recall"].items() if recall is not None)[:3]
     facts = {
-        "accuracy": f"{result['accuracy']:.4f} on all {result['num_samples']:,} samples of {result['split']}",
+        "accuracy": f"{result['accuracy']:.4f} on {_which_samples(result)} of {result['split']}",
         "loss": f"{result['loss']:.4f}",
         "hardest": ", ".join(f"{name} (recall {recall:.3f})" for recall, name in worst),
         "in": str(path),
     }
     closing_box("evaluated", facts, next_command)
+
+
+def _which_samples(result: dict[str, Any]) -> str:
+    number, bad = result["num_samples"], result["num_bad_samples"]
+    return f"{number:,} of {number + bad:,} samples ({bad:,} cannot be decoded)" if bad else f"all {number:,} samples"
 
 
 def export(argv: list[str]) -> int:

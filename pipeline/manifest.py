@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import urllib.parse
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipeline.remote import fetch, is_url, join, read_all
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
 Task = Literal["single", "binary", "multi"]
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff")
 # One row a sample, read by mmap: 20 bytes, 25 MB for ImageNet.
 INDEX_ROW = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 Index = npt.NDArray[np.void]
@@ -124,6 +125,10 @@ class DatasetManifest:
     def content(self) -> dict[str, Any]:
         """What the digest covers."""
         values = self._values()
+        if self.preparation.get("source") == "merge":  # whose shards lie elsewhere, by another way from each folder
+            for split in values["splits"].values():
+                for shard in split["shards"]:
+                    shard["name"] = shard["name"].rsplit("/", 1)[-1]
         return {key: value for key, value in values.items() if key not in ("digest", "info")}
 
     def _values(self) -> dict[str, Any]:
@@ -153,7 +158,7 @@ def load_dataset(location: Path | str, cache_folder: Path | None = None) -> Data
     Of a data set at a URL, manifest and index are brought into `cache_folder`, where `folder` then points; its shards stay.
     """
     if isinstance(location, str) and location.startswith("file://"):
-        location = Path(location.removeprefix("file://"))
+        location = Path(urllib.parse.unquote(location.removeprefix("file://")))
     if isinstance(location, str) and is_url(location):
         assert cache_folder is not None
         return _load_remote(location, cache_folder / "datasets")

@@ -143,18 +143,26 @@ def open_image(encoded: bytes, background: tuple[int, int, int]) -> Image.Image:
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling.
-        grey = np.asarray(image, dtype=np.float64)  # (H, W)
-        if image.mode == "F" and grey.max(initial=0) <= 1:
-            grey = grey * 255.0
-        if image.mode.startswith("I;16") or grey.max(initial=0) > 255:
-            grey = grey / 257.0
-        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (*background, 255))
         return Image.alpha_composite(canvas, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")  # it would copy
+
+
+def _eight_bits(image: Image.Image) -> Pixels:
+    """Levels (H, W) of a grey image of 16 or 32 bits, which Pillow's own conversion clips at 255 instead of scaling.
+
+    White is 65,535 in integers and 1 in floats, whatever this image holds: a scale taken from its own pixels would make equal
+    things look different. Raises DataError for pixels outside of that.
+    """
+    grey = np.asarray(image, dtype=np.float64)
+    white = 1.0 if image.mode == "F" else 65535.0
+    low, high = float(grey.min()), float(grey.max())
+    if not 0 <= low <= high <= white:  # false for NaN too
+        raise DataError(f"its grey levels go from {low:g} to {high:g}, not from 0 to {white:g}; convert it to 8 or 16 bits")
+    return np.rint(grey * (255.0 / white)).astype(np.uint8)
 
 
 def decode_image(encoded: bytes, spec: PreprocessSpec) -> Pixels:

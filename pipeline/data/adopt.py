@@ -5,6 +5,7 @@ dataset.json and the index files are written beside them. Shards for training ma
 """
 
 import datetime
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import pipeline
 from pipeline.console import say, track
 from pipeline.data.encode import PixelSums, stats_of
-from pipeline.data.labels import RawLabel, SampleRule, require_label_rule
+from pipeline.data.labels import RawLabel, SampleRule, are_numbers, numbered_classes, require_label_rule
 from pipeline.data.parallel import run_parallel
 from pipeline.data.shards import read_samples
 from pipeline.errors import ConfigError, DataError
@@ -38,6 +39,7 @@ from pipeline.preprocess import WHITE, open_image
 SPLITS = ("train", "val", "test")
 SPLIT_IN_NAME = re.compile(r"(?:^|[/_.-])(train|val|test)(?:ing|id|idation)?(?=[/_.-]|\d|$)", re.IGNORECASE)
 CLASS_LIST = "classes.txt"
+COMPRESSED_NAMES = ("*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz", "*.tar.zst")
 IMAGES_FOR_STATISTICS = 10_000
 DEFECTS_NAMED = 3
 
@@ -77,7 +79,8 @@ def adopt_shards(folder: Path, adoption: Adoption, *, fresh: bool = False) -> tu
     preparation: dict[str, Any] = {"source": "index", "label": adoption.label, "image": adoption.image}
     known = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     if known is not None and not fresh:
-        if _is_same(known, names, streams, preparation):
+        listed = listed_classes(folder, adoption.classes)
+        if _is_same(known, names, streams, preparation) and listed in (None, known.class_names):
             return known, False
         raise DataError(f"{folder}: has a {MANIFEST_NAME} of other shards or settings. Give --fresh to write another.")
     shards = read_all(folder, names, SampleRule(adoption.label, adoption.image, ()))
@@ -122,7 +125,9 @@ def _by_name(folder: Path, adoption: Adoption) -> dict[str, list[str]]:
     streamed = set(expand(folder, adoption.stream)) if adoption.stream else set()
     names: dict[str, list[str]] = {}
     unknown = []
-    for path in sorted(folder.rglob("*.tar")):
+    # Compressed ones are refused where they are opened, with what to do about them.
+    found = itertools.chain.from_iterable(folder.rglob(pattern) for pattern in ("*.tar", *COMPRESSED_NAMES))
+    for path in sorted(found):
         name = path.relative_to(folder).as_posix()
         if name in streamed:
             continue
@@ -218,21 +223,31 @@ def _read_shard(folder: Path, split: str, number: int, name: str, rule: SampleRu
     return ReadShard(split, number, name, path.stat().st_size, sha256_of(path), places, labels)
 
 
-def find_classes(folder: Path, listed: Path | None, shards: list[ReadShard]) -> list[str]:
-    """The class names: of a list if there is one, else the names among the labels, else numbers."""
+def listed_classes(folder: Path, listed: Path | None) -> list[str] | None:
+    """The classes in the list that was named, or else in classes.txt beside the shards; None where there is neither."""
     path = listed if listed is not None else folder / CLASS_LIST
     if listed is not None and not listed.is_file():
         raise DataError(f"{listed}: no such list of classes (one name a line).")
-    if path.is_file():
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not path.is_file():
+        return None
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def find_classes(folder: Path, listed: Path | None, shards: list[ReadShard]) -> list[str]:
+    """The class names: of a list if there is one, else the names among the labels, else numbers."""
+    given = listed_classes(folder, listed)
+    if given is not None:
+        return given
     found = {label for shard in shards for labels in shard.labels for label in labels}
     names = sorted(label for label in found if isinstance(label, str))
-    numbers = [label for label in found if isinstance(label, int)]
+    numbers = {label for label in found if isinstance(label, int)}
     if names and numbers:
         raise DataError(
-            f"{folder}: labels are names ({names[0]}) and numbers ({numbers[0]}). Say which classes: --classes FILE."
+            f"{folder}: labels are names ({names[0]}) and numbers ({min(numbers)}). Say which classes: --classes FILE."
         )
-    classes = names or [str(number) for number in range(max(numbers, default=-1) + 1)]
+    if are_numbers(names):
+        names, numbers = [], set(map(int, names))
+    classes = names or numbered_classes(numbers, str(folder), "name a file with --classes")
     if len(classes) < 2:
         raise DataError(f"{folder}: has {len(classes)} classes ({', '.join(classes)}); at least 2 are needed.")
     return classes

@@ -3,7 +3,9 @@
 The table of contents is held in memory, some hundred bytes an image.
 """
 
+import lzma
 import os
+import posixpath
 import tarfile
 import zipfile
 import zlib
@@ -16,8 +18,9 @@ from pipeline.data.sources import ImageSource, ListedImage
 from pipeline.errors import DataError
 
 BLOCK = 512
+NOWHERE = (0, 0)  # where the image of a link lies that leads to none
 ENCRYPTED = 0x1  # bit of a zip member's flags
-BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError, ValueError)
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError)
 
 
 class ArchiveImages(ImageSource):
@@ -66,14 +69,18 @@ class TarImages(ArchiveImages):
 
     def _contents(self) -> tuple[dict[str, tuple[int, int]], int]:
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        members, num_files = {}, 0
+        members, num_files = dict[str, tuple[int, int]](), 0
+        self._links = dict[str, str]()  # images that are only another name of one; tar itself makes hard links
         try:
             with tarfile.open(self.path, "r:") as tar:
                 for member in tar:
-                    num_files += member.isreg()
+                    num_files += not member.isdir()
                     name = member.name.removeprefix("./")
-                    if member.isreg() and is_image_name(name):
+                    if is_image_name(name) and member.isreg():
                         members[name] = (member.size, member.offset_data)
+                    elif is_image_name(name) and (member.islnk() or member.issym()):
+                        beside = posixpath.dirname(name) if member.issym() else ""
+                        self._links[name] = posixpath.normpath(posixpath.join(beside, member.linkname))
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         except BROKEN as error:
             raise DataError(f"{self.path}: {_why_unreadable(self.path, error)}") from error
@@ -81,10 +88,22 @@ class TarImages(ArchiveImages):
         last = os.pread(self._descriptor, BLOCK, max(0, os.fstat(self._descriptor).st_size - BLOCK))
         if any(last):
             raise DataError(f"{self.path}: was cut short: it does not end as a tar does. Copy it again.")
+        for name in self._links:
+            members[name] = members.get(self._target(name), NOWHERE)
         return members, num_files
 
+    def _target(self, name: str) -> str:
+        """What a link leads to in the end; links that lead in a circle end at one of them."""
+        for _ in self._links:
+            if name not in self._links:
+                break
+            name = self._links[name]
+        return name
+
     def read(self, name: str) -> bytes:
-        """The member's bytes; the place is given with each read, so processes may share the open file."""
+        """The member's bytes; the place is given with each read, so processes may share the open file. Raises DataError."""
+        if self.members[name] == NOWHERE:
+            raise DataError(f"is a link to {self._links[name]}, which is no image in the archive")
         size, offset = self.members[name]
         return os.pread(self._descriptor, size, offset)
 
@@ -106,13 +125,16 @@ class ZipImages(ArchiveImages):
 
     def _contents(self) -> tuple[dict[str, tuple[int, int]], int]:
         members, num_files = {}, 0
+        self._stored = dict[str, str]()
         for member in self._open().infolist():
             num_files += not member.is_dir()
-            if member.is_dir() or not is_image_name(member.filename):
+            name = member.filename.replace("\\", "/")  # as some programs on Windows write it
+            if member.is_dir() or not is_image_name(name):
                 continue
             if member.flag_bits & ENCRYPTED:
                 raise DataError(f"{self.path}: is encrypted ({member.filename}). Unpack it and give the folder.")
-            members[member.filename] = (member.file_size, member.CRC)
+            members[name] = (member.file_size, member.CRC)
+            self._stored[name] = member.filename
         return members, num_files
 
     def _open(self) -> zipfile.ZipFile:
@@ -127,9 +149,11 @@ class ZipImages(ArchiveImages):
         if self._process != os.getpid():  # a forked process would move the place in its parent's open file
             self._open()
         try:
-            return self._zip.read(name)
+            return self._zip.read(self._stored[name])
         except BROKEN as error:
             raise DataError(f"damaged in the archive ({error})") from error
+        except NotImplementedError as error:
+            raise DataError(f"compressed in a way that Python does not know ({error})") from error
 
     def close(self) -> None:
         """Close the zip."""

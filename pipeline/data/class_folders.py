@@ -37,6 +37,8 @@ class ClassFolders:
         inside = sorted({folder for folder in folders if folder}, key=_as_bytes)
         self.split_level = _split_level(inside)
         self.class_level = class_level
+        if self.split_level is None and class_level is None:
+            _require_no_half_split(inside, where)
         self._holding = {self._without_split(folder) for folder in inside} - {()}
         found = {self._class_folder(folder) for folder in self._holding} - {None}
         names = Counter(folder[-1] for folder in found if folder)
@@ -84,6 +86,20 @@ def _split_level(folders: list[Folder]) -> int | None:
         if all(folder[level].lower() in SPLIT_OF_FOLDER for folder in folders):
             return level
     return None
+
+
+def _require_no_half_split(folders: list[Folder], where: str) -> None:
+    """Refuse folders of which some are named as splits are, train among them, and others are not: one guess would be wrong."""
+    for level in range(min(map(len, folders), default=0)):
+        names = {folder[level] for folder in folders}
+        splits = {name for name in names if name.lower() in SPLIT_OF_FOLDER}
+        kinds, odd = {SPLIT_OF_FOLDER[name.lower()] for name in splits}, sorted(names - splits)
+        if odd and "train" in kinds and len(kinds) > 1:
+            found, others = ", ".join(sorted(splits)), ", ".join(odd[:NAMED]) + (", ..." if len(odd) > NAMED else "")
+            raise DataError(
+                f"{where}: images lie in {found}, which name splits, and beside them in {others}. Move that out of there, "
+                "or say with --dataset.class_level which folders name the classes."
+            )
 
 
 def _as_bytes(folder: Folder) -> list[bytes]:

@@ -18,7 +18,8 @@ from pipeline.preprocess import MAX_PIXELS, open_image
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 warnings.filterwarnings("ignore", message=".*decoding and encoding capabilities of TorchVision", category=Warning)
 START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-APP1 = 0xE1
+APP1 = 0xE1  # EXIF or XMP
+XMP_ORIENTATION = b"tiff:Orientation"  # Pillow obeys it, torchvision does not know it
 
 
 class Box(NamedTuple):
@@ -60,15 +61,15 @@ def read_jpeg_header(encoded: bytes) -> JpegHeader | None:
 class EncodedImage:
     """An encoded image whose size is known before its pixels are.
 
-    JPEG is left to torchvision's decoder; all else (CMYK, other formats) is decoded at once by Pillow, and a photograph that
-    may be rotated at once by torchvision. Raises DataError for bytes that are no image.
+    JPEG is left to torchvision's decoder; all else (CMYK, other formats, an orientation in XMP) is decoded at once by Pillow,
+    and a photograph that may be rotated by EXIF at once by torchvision. Raises DataError for bytes that are no image.
     """
 
     def __init__(self, encoded: bytes, background: tuple[int, int, int]) -> None:
         self.encoded = encoded
         self.pixels: torch.Tensor | None = None
         header = read_jpeg_header(encoded)
-        if header is not None and header.num_components in (1, 3):
+        if header is not None and header.num_components in (1, 3) and not (header.has_exif and XMP_ORIENTATION in encoded):
             if header.height * header.width > MAX_PIXELS:
                 raise DataError(f"{header.width} x {header.height} pixels are more than {MAX_PIXELS:,}")
             if not header.has_exif:

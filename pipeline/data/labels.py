@@ -4,7 +4,7 @@ A label is read as a number, a class name or a list of them; no member is ever u
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +55,12 @@ class SampleRule:
         return (self.image,) if self.image else IMAGE_EXTENSIONS
 
     def class_number(self, label: RawLabel) -> int:
-        """The number of a class given by number or name. Raises DataError for one that there is not."""
-        if isinstance(label, int) and 0 <= label < len(self.class_names):
-            return label
+        """The number of a class given by number or name, a text first as a name. Raises DataError for one that there is not."""
         if isinstance(label, str) and label in self.class_names:
             return self.class_names.index(label)
+        number = int(label) if isinstance(label, int) or are_numbers([label]) else -1
+        if 0 <= number < len(self.class_names):
+            return number
         raise DataError(f"has the label {label!r}, which is no class")
 
 
@@ -89,8 +90,32 @@ def raw_labels(rule: str, content: bytes) -> list[RawLabel]:
 def _as_label(value: Any, kind: str) -> RawLabel:
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise DataError(f"has the label {value!r}, which is neither a number nor a name")
-    if isinstance(value, str) and value.lstrip("-").isdecimal():
-        return int(value)
-    if kind == "cls" and isinstance(value, str):
+    if kind != "cls" or isinstance(value, int):
+        return value
+    if not value.lstrip("-").isdecimal():
         raise DataError(f"has {value!r} in its .cls member, not a class number")
-    return value
+    return int(value)
+
+
+# ---- classes that are only numbered ----
+
+# So many more numbers than classes are identifiers, and not class numbers.
+GAPS = 10
+ALWAYS_ALLOWED = 1000
+
+
+def are_numbers(labels: Iterable[str]) -> bool:
+    """Whether labels written as text are whole numbers, all of them, and there are any."""
+    found = list(labels)
+    return bool(found) and all(text.isascii() and text.isdecimal() for text in found)
+
+
+def numbered_classes(numbers: set[int], where: str, remedy: str) -> list[str]:
+    """Names of the classes 0 to the largest number. Raises DataError for numbers that cannot be meant as class numbers."""
+    largest = max(numbers, default=-1)
+    if largest >= max(ALWAYS_ALLOWED, GAPS * len(numbers)):
+        raise DataError(
+            f"{where}: its labels are numbers up to {largest:,}, but only {len(numbers):,} different ones. If they are names, "
+            f"{remedy} that lists them, one a line."
+        )
+    return [str(number) for number in range(largest + 1)]

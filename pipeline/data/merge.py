@@ -31,6 +31,7 @@ from pipeline.manifest import (
     load_dataset,
     open_index,
     open_labels,
+    read_manifest,
 )
 
 PARTIAL = ".partial"
@@ -58,7 +59,7 @@ def merge_datasets(
         "members": [{"digest": member.manifest.digest, "weight": member.weight} for member in members],
     }
     if (folder / MANIFEST_NAME).is_file():
-        if not fresh and load_dataset(folder).preparation == preparation:
+        if not fresh and read_manifest(folder).preparation == preparation:
             return load_dataset(folder), False
         say(f"{folder}: other data sets are merged now; the earlier one is kept as {move_aside(folder)}")
     elif folder.is_dir() and any(path.name != PARTIAL for path in folder.iterdir()):
@@ -87,6 +88,7 @@ def merge_datasets(
         path.rename(folder / path.name)
     partial.rmdir()
     fsync_folder(folder)
+    say("each data set keeps its own splits: `shardline inspect` shows images that one has in train and another in val or test")
     return replace(manifest, folder=folder), True
 
 

@@ -45,24 +45,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Share:
-    """Which of the numbered pieces of work belong to job `part` of `num_parts`, counted from 1."""
+    """Which of the numbered pieces of work belong to job `part` of `num_parts`, counted from 1; all of them without a part."""
 
-    part: int = 1
+    part: int | None = None
     num_parts: int = 1
 
     @property
-    def is_all(self) -> bool:
-        """Whether there is one job only."""
-        return self.num_parts == 1
-
-    @property
     def owner(self) -> str:
-        """The job's name in those of its temporary files; none when there is one job only."""
-        return "" if self.is_all else f"part-{self.part}-of-{self.num_parts}"
+        """The job's name in those of its temporary files; none when the work is not divided."""
+        return "" if self.part is None else f"part-{self.part}-of-{self.num_parts}"
 
     def has(self, number: int) -> bool:
         """Whether a piece of work is this job's."""
-        return number % self.num_parts == self.part - 1
+        return self.part is None or number % self.num_parts == self.part - 1
 
 
 class Partial:

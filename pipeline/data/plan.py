@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pipeline.config import DatasetConfig
 from pipeline.data.listing import Listing
 from pipeline.errors import DataError
+from pipeline.manifest import Task
 
 SPLITS = ("train", "val", "test")
 CLASSES_NAMED = 5
@@ -56,7 +57,7 @@ class Layout:
         return shards
 
 
-def plan_layout(listing: Listing, config: DatasetConfig, class_names: list[str]) -> Layout:
+def plan_layout(listing: Listing, config: DatasetConfig, class_names: list[str], task: Task = "single") -> Layout:
     """Assign every good image of `listing` a split and a position. Raises DataError when a class or train is left empty."""
     _require_images_of_every_class(listing, class_names)
     named = listing.named_splits()
@@ -74,7 +75,7 @@ def plan_layout(listing: Listing, config: DatasetConfig, class_names: list[str])
             "no image is left for the train split"
             + (f": the source puts all of them into {' and '.join(sorted(named))}." if named else ".")
         )
-    notes = _notes(counts, fractions, class_names)
+    notes = _notes(counts, fractions, class_names, task)
     if named and (number := listing.num_across_splits()):
         notes.append(f"{number:,} images have a byte-identical one in another split that the source names; all are kept")
     for split in SPLITS:
@@ -131,17 +132,21 @@ def _return_to_train(listing: Listing, seed: int) -> None:
         listing.move([("train", content)])
 
 
-def _notes(counts: dict[str, dict[int, int]], fractions: dict[str, float], class_names: list[str]) -> list[str]:
+def _notes(counts: dict[str, dict[int, int]], fractions: dict[str, float], class_names: list[str], task: Task) -> list[str]:
     shared = [split for split, fraction in fractions.items() if fraction > 0]
-    missing = [
-        class_names[label] for label in counts["train"] if label >= 0 and any(label not in counts[split] for split in shared)
-    ]
-    if not missing:
-        return []
-    if len(missing) == 1:
-        return [f"1 class has too few images for every split: {missing[0]}"]
-    more = f" and {len(missing) - CLASSES_NAMED} more" if len(missing) > CLASSES_NAMED else ""
-    return [f"{len(missing)} classes have too few images for every split: {', '.join(missing[:CLASSES_NAMED])}{more}"]
+    few = [label for label in counts["train"] if label >= 0 and any(label not in counts[split] for split in shared)]
+    # The counts are by an image's first label, so only where each has one do they tell which classes have none.
+    untrained = [label for label in range(len(class_names)) if label not in counts["train"]] if task == "single" else []
+    notes = []
+    for labels, one, several in (
+        (few, "class has too few images for every split", "classes have too few images for every split"),
+        (untrained, "class has no image in train", "classes have no image in train"),
+    ):
+        if labels:
+            named = ", ".join(class_names[label] for label in labels[:CLASSES_NAMED])
+            more = f" and {len(labels) - CLASSES_NAMED} more" if len(labels) > CLASSES_NAMED else ""
+            notes.append(f"{len(labels)} {one if len(labels) == 1 else several}: {named}{more}")
+    return notes
 
 
 def _hash(seed: int, purpose: str, thing: bytes) -> bytes:

@@ -16,6 +16,7 @@ from pipeline.errors import DataError
 BLOCK_BYTES = 512
 NAME_BYTES = 100
 KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+APPLE_DOUBLE = re.compile(r"(?:^|/)\._[^/]*$")  # what macOS puts beside each file
 META = re.compile(r"__[^/]*__($|/|[.])")
 LONGEST_LABEL_BYTES = 1 << 20
 # More blocks than this no header before the image's takes: names are at most 4,096 bytes long.
@@ -43,7 +44,8 @@ def read_samples(path: Path, rule: SampleRule) -> Iterator[ShardSample]:
                 if key in seen:
                     raise DataError(f"sample {key} comes twice, or its members do not lie together")
                 seen.add(key)
-                yield _sample(tar, key, members, rule)
+                if not members.keys().isdisjoint((*rule.image_extensions, rule.label_extension)):  # a readme is none
+                    yield _sample(tar, key, members, rule)
     except DataError as error:
         raise DataError(f"{path}: {error}.") from error
     except tarfile.TarError as error:
@@ -72,7 +74,7 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         parts = KEY_AND_EXTENSION.fullmatch(member.name)
-        if parts is None or member.isdir() or META.match(member.name):
+        if parts is None or member.isdir() or META.match(member.name) or APPLE_DOUBLE.search(member.name):
             continue
         if not member.isreg() or member.issparse():
             raise DataError(f"{member.name} is a {'sparse file' if member.issparse() else 'link'}, whose bytes lie elsewhere")
@@ -92,7 +94,9 @@ def _sample(tar: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo],
     image = next((members[extension] for extension in rule.image_extensions if extension in members), None)
     label = members.get(rule.label_extension)
     if image is None or label is None:
-        raise DataError(f"sample {key} lacks its {'image' if image is None else f'.{rule.label_extension} label'}")
+        lacking = "image" if image is None else f".{rule.label_extension} label"
+        found = ", ".join(f".{extension}" for extension in members)
+        raise DataError(f"sample {key} lacks its {lacking}: it has {found} (`--image` and `--label` say which are meant)")
     content = tar.extractfile(label)
     assert content is not None
     try:

@@ -107,6 +107,15 @@ class Digits(ImageSource):
         return encode_png(Image.fromarray(self._digits[0][int(name.removeprefix("digit-"))]))
 
 
+def facts_of(path: Path) -> tuple[int, int]:
+    """Size and time of a file; (0, 0) where there is none, a link that leads nowhere for one: reading it says why."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
 def encode_png(image: Image.Image) -> bytes:
     """The bytes of a PNG file of `image`."""
     buffer = io.BytesIO()
@@ -138,8 +147,7 @@ class FolderImages(ImageSource):
             for name in chosen:
                 assert place is not None
                 path = "/".join((*parts, name))
-                status = (self.folder / path).stat()
-                yield ListedImage(path, (place[0],), place[1], (status.st_size, status.st_mtime_ns))
+                yield ListedImage(path, (place[0],), place[1], facts_of(self.folder / path))
 
     def read(self, name: str) -> bytes:
         """The file's bytes."""
@@ -164,10 +172,18 @@ def _walk(path: Path, parts: Folder, above: frozenset[tuple[int, int]]) -> Itera
         raise DataError(
             f"{path}: the folder cannot be read ({error.strerror}). Change its owner or mode, or leave it out."
         ) from error
-    folders = [entry for entry in entries if entry.is_dir()]
+    folders = [entry for entry in entries if _is_folder(entry)]
     hidden = [entry for entry in folders if entry.name.startswith(".")]
     num_hidden = sum(sum(len(files) for _, _, files in os.walk(entry.path)) for entry in hidden)
-    yield parts, [entry.name for entry in entries if entry.is_file()], num_hidden
+    # A link that leads nowhere counts as a file: an image of that name is rejected by name, and not passed over.
+    yield parts, [entry.name for entry in entries if entry not in folders], num_hidden
     for entry in folders:
         if entry not in hidden:
             yield from _walk(path / entry.name, (*parts, entry.name), above | {identity})
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False

@@ -26,7 +26,7 @@ from pipeline.data.dataset import BadSample, Batch, new_images
 from pipeline.data.labels import SampleRule
 from pipeline.data.order import local_batch_size, mix
 from pipeline.data.worker import deliver, in_time, kill_workers_at_exit, time_limit, worker_errors_explained
-from pipeline.errors import DataError, RunError
+from pipeline.errors import DataError, RunError, ShardlineError
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from pipeline.remote import RemoteFile, is_url
@@ -73,9 +73,21 @@ class StreamDataset(IterableDataset[Batch]):
         from webdataset import filters
 
         draw = random.Random(mix(self.seed, self.salt, consumer))  # noqa: S311 - reproducible, not secret
-        passes = itertools.chain.from_iterable(self._pass(number, consumer) for number in itertools.count())
+        passes = itertools.chain.from_iterable(self._whole_pass(number, consumer) for number in itertools.count())
         samples: Iterator[dict[str, Any]] = filters._shuffle(passes, bufsize=self.shuffle_buffer, rng=draw)
         return samples
+
+    def _whole_pass(self, number: int, consumer: int) -> Iterator[dict[str, Any]]:
+        """The samples of a pass. Raises DataError where there is none: the next pass would not have any either."""
+        num_samples = 0
+        for sample in self._pass(number, consumer):
+            num_samples += 1
+            yield sample
+        if not num_samples:
+            raise DataError(
+                f"the streamed shards ({self.urls[0]}, ...) hold too few samples: none is left for one of {self.num_consumers} "
+                "loader processes. Use fewer processes, or more shards."
+            )
 
     def _pass(self, number: int, consumer: int) -> Iterator[dict[str, Any]]:
         order = list(self.urls)
@@ -123,7 +135,7 @@ def read_samples(urls: Iterable[str]) -> Iterator[dict[str, Any]]:
         try:
             with open_stream(url) as stream:
                 yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
-        except DataError:
+        except ShardlineError:
             raise
         except Exception as error:  # tarfile, zlib and the library raise almost anything on broken bytes
             raise DataError(f"{url}: cannot be read as a stream of samples ({str(error)[:200]}).") from error

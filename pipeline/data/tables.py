@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.data.class_folders import split_named
-from pipeline.data.sources import ImageSource, ListedImage
+from pipeline.data.labels import are_numbers, numbered_classes
+from pipeline.data.sources import ImageSource, ListedImage, facts_of
 from pipeline.errors import DataError, nearest
 
 CLASS_LIST = "classes.txt"
@@ -54,7 +55,7 @@ class TableImages(ImageSource):
         self.task = "multi" if is_multi else "single"
         self.class_names = self._class_names(names)
         self._labels = {name: label for label, name in enumerate(self.class_names)}
-        self._by_number = bool(names) and all(map(_is_number, names))
+        self._by_number = are_numbers(names) and not names <= set(self.class_names)
 
     def _class_names(self, names: set[str]) -> list[str]:
         listed = self.path.with_name(CLASS_LIST)
@@ -62,8 +63,8 @@ class TableImages(ImageSource):
             found = [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             if len(set(found)) < len(found):
                 raise DataError(f"{listed}: names a class twice.")
-        elif names and all(map(_is_number, names)):
-            found = [str(number) for number in range(max(map(int, names)) + 1)]
+        elif are_numbers(names):
+            found = numbered_classes(set(map(int, names)), str(self.path), f"put a {CLASS_LIST} beside it")
         else:
             found = sorted(names)
         if len(found) < 2:
@@ -73,18 +74,12 @@ class TableImages(ImageSource):
     def images(self) -> Iterator[ListedImage]:
         """List the images in the order of the table."""
         for row in self._rows():
-            try:
-                status = (self.path.parent / row.path).stat()
-            except OSError as error:
-                raise DataError(
-                    f"{self.path}: {row.place} names {row.path}, which cannot be found ({error.strerror})."
-                ) from error
             labels = tuple(self._class_number(row, label) for label in dict.fromkeys(row.labels))
             try:
                 split = split_named(row.split) if row.split else None
             except DataError as error:
                 raise DataError(f"{self.path}: {row.place}: {error}") from error
-            yield ListedImage(row.path, labels, split, (status.st_size, status.st_mtime_ns))
+            yield ListedImage(row.path, labels, split, facts_of(self.path.parent / row.path))
 
     def _class_number(self, row: Row, label: str) -> int:
         if label in self._labels and not self._by_number:
@@ -113,7 +108,7 @@ class TableImages(ImageSource):
 
     def _row(self, place: str, values: dict[str, Any]) -> Row:
         path, label = values.get("path"), values.get("label")
-        if not isinstance(path, str) or not path:
+        if not isinstance(path, str) or not path or "\0" in path:
             raise DataError(f"{self.path}: {place} has no path.")
         is_list = isinstance(label, list)
         if isinstance(label, str) and SEPARATOR in label and self.path.suffix.lower() in (".csv", ".tsv"):
@@ -172,7 +167,3 @@ class TableImages(ImageSource):
             if column not in names:
                 found = ", ".join(names) or "none"
                 raise DataError(f"{self.path}: {place}has no column `{column}` (found: {found}). It needs path and label.")
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()

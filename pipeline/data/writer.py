@@ -198,7 +198,7 @@ class _Work:
             return layout
         hash_images(self.listing, self.source, self.encoder, self.partial, self.share, self.num_workers)
         self.listing.set_contents(read_contents(self.partial, self.listing.num_chunks))
-        layout = plan_layout(self.listing, self.config, self.plan.class_names)
+        layout = plan_layout(self.listing, self.config, self.plan.class_names, self.plan.task)
         self.partial.write_layout(layout)
         return layout
 

@@ -30,6 +30,8 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
         )
     indexed = {"train", "val", manifest.evaluation_split} - set(manifest.streams)
     for split in sorted(indexed):
+        if not manifest.split(split).num_samples:
+            raise DataError(f"{manifest.folder}: its `{split}` split has no sample. Leave its shards out, or fill them.")
         require_labels(manifest, split)
     batches = training_steps_per_epoch(manifest, config.data)
     if not batches:

@@ -1,6 +1,8 @@
 import dataclasses
+import gzip
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,47 @@ def test_shards_to_be_streamed_are_named_and_not_read(foreign: Path) -> None:
     assert load_dataset(foreign).streams == manifest.streams
     assert adopt_shards(foreign, Adoption(stream=stream))[1] is False
     assert dataclasses.replace(manifest, streams={}).content() != manifest.content()
+
+
+def test_another_list_of_classes_is_not_passed_over(foreign: Path, tmp_path: Path) -> None:
+    for names in ("cat dog bird", "dog cat bird"):
+        (tmp_path / f"{names[:3]}.txt").write_text(names.replace(" ", "\n"))
+    adopt_shards(foreign, Adoption(classes=tmp_path / "cat.txt"))
+    assert not adopt_shards(foreign, Adoption(classes=tmp_path / "cat.txt"))[1]
+    with pytest.raises(DataError, match="of other shards or settings"):
+        adopt_shards(foreign, Adoption(classes=tmp_path / "dog.txt"))
+
+
+def test_names_that_are_numbers_are_adopted(tmp_path: Path) -> None:
+    members = {f"{number}.jpg": as_jpeg(noise(8, 8, number)) for number in range(4)}
+    members |= {f"{number}.txt": label for number, label in enumerate((b"1984", b"cat", b"2001", b"cat"))}
+    write_tar(tmp_path / "train-0.tar", dict(sorted(members.items())), FORMATS["pax"])
+    (tmp_path / "classes.txt").write_text("cat\n1984\n2001\n")
+    manifest, _ = adopt_shards(tmp_path, Adoption(label="txt"))
+    assert open_index(manifest, "train")["label"].tolist() == [1, 0, 2, 0]
+
+
+def test_what_lies_beside_the_samples_is_passed_over(tmp_path: Path, tiny_spec: PreprocessSpec) -> None:
+    samples = make_shard(tmp_path / "whole/train-0.tar", range(3))
+    with tarfile.open(tmp_path / "whole/train-0.tar") as tar:
+        members = {member.name: content.read() for member in tar if (content := tar.extractfile(member))}
+    (tmp_path / "mixed").mkdir()
+    mixed = {"README.md": b"hello", "._00000.jpg": b"macOS", **members, "notes.json": b"{}"}
+    write_tar(tmp_path / "mixed/train-0.tar", mixed, FORMATS["pax"])
+    require_samples(adopt_shards(tmp_path / "mixed", Adoption())[0], "train", samples, tiny_spec)
+
+
+def test_a_sample_without_a_known_image_says_what_it_has(tmp_path: Path) -> None:
+    members = {"a.left.jpg": as_jpeg(noise(8, 8, 0)), "a.cls": b"0"}
+    write_tar(tmp_path / "train-0.tar", members, FORMATS["pax"])
+    with pytest.raises(DataError, match=r"sample a lacks its image: it has \.left\.jpg, \.cls \(`--image` and `--label`"):
+        adopt_shards(tmp_path, Adoption())
+
+
+def test_a_folder_of_compressed_shards_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "train-0.tar.gz").write_bytes(gzip.compress(b"x" * 1024))
+    with pytest.raises(DataError, match=r"train-0\.tar\.gz: is compressed \(gzip\).*Decompress it"):
+        adopt_shards(tmp_path, Adoption())
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:

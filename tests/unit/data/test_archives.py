@@ -131,3 +131,42 @@ def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"is encrypted .* Unpack it and give the folder"):
         opened(path)
+
+
+def test_links_in_a_tar_are_images_too_and_those_that_lead_nowhere_fail_when_they_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name in ("cat/1.jpg", "dog/1.jpg"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(content_of(name))
+    os.link(folder / "cat/1.jpg", folder / "dog/hard.jpg")
+    (folder / "dog/soft.jpg").symlink_to("../cat/1.jpg")
+    (folder / "dog/gone.jpg").symlink_to("nowhere.jpg")
+    subprocess.run(["tar", "cf", tmp_path / "a.tar", "-C", folder, "."], check=True)
+    source = opened(tmp_path / "a.tar")
+    names = [image.name for image in source.images()]
+    assert names == ["cat/1.jpg", "dog/1.jpg", "dog/gone.jpg", "dog/hard.jpg", "dog/soft.jpg"]
+    assert source.read("dog/hard.jpg") == source.read("dog/soft.jpg") == content_of("cat/1.jpg")
+    with pytest.raises(DataError, match=r"is a link to dog/nowhere\.jpg, which is no image in the archive"):
+        source.read("dog/gone.jpg")
+    assert source.num_ignored == 0
+
+
+def test_a_zip_with_the_slashes_of_windows_is_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name in ("cat\\1.jpg", "dog\\1.jpg"):
+            file.writestr(name, name)
+    source = opened(tmp_path / "a.zip")
+    assert [image.name for image in source.images()] == ["cat/1.jpg", "dog/1.jpg"]
+    assert source.read("dog/1.jpg") == b"dog\\1.jpg"
+
+
+def test_a_member_that_is_damaged_whatever_its_compression_is_told(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as file:
+        for name in ("cat/1.jpg", "dog/1.jpg"):
+            file.writestr(name, os.urandom(500))
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[60:300] = bytes(240)
+    (tmp_path / "a.zip").write_bytes(content)
+    source = opened(tmp_path / "a.zip")
+    with pytest.raises(DataError, match="damaged in the archive"):
+        source.read("cat/1.jpg")

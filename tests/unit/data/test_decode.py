@@ -49,6 +49,12 @@ def test_a_photograph_is_turned_upright_once_before_its_size_is_taken(orientatio
     torch.testing.assert_close(whole(encoded).float(), by_pillow(encoded).float(), rtol=0, atol=4)
 
 
+def test_an_orientation_in_xmp_is_obeyed_as_in_an_evaluation() -> None:
+    encoded = as_jpeg(gradient(24, 40), xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>')
+    assert by_pillow(encoded).shape == (3, 40, 24)
+    torch.testing.assert_close(whole(encoded).float(), by_pillow(encoded).float(), rtol=0, atol=4)
+
+
 def test_a_box_is_cut_out_and_resized() -> None:
     encoded = as_png(noise(60, 80))
     box = Box(top=10, left=20, height=30, width=40)

@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.data.labels import RawLabel, SampleRule, raw_labels, require_label_rule
+from pipeline.data.labels import RawLabel, SampleRule, numbered_classes, raw_labels, require_label_rule
 from pipeline.errors import ConfigError, DataError
 
 NAMES = ("cat", "dog")
@@ -12,7 +12,7 @@ NAMES = ("cat", "dog")
         ("cls", b"3", [3]),
         ("cls", b" 3\n", [3]),
         ("txt", b"dog\n", ["dog"]),
-        ("txt", b"1", [1]),
+        ("txt", b"1", ["1"]),
         ("txt", "Käfer".encode(), ["Käfer"]),
         ("json:label", b'{"label": 2}', [2]),
         ("json:label", b'{"label": "dog"}', ["dog"]),
@@ -71,3 +71,16 @@ def test_the_rule_itself_is_checked() -> None:
     for rule in ("json", "json:", "pickle", "cls:a", ""):
         with pytest.raises(ConfigError, match="it is `cls`, `txt` or `json:FIELD`"):
             require_label_rule(rule)
+
+
+def test_a_text_is_a_class_name_first_and_then_a_class_number() -> None:
+    years = SampleRule("txt", "", ("1984", "2001", "3"))
+    assert [years.class_number(label) for label in ("1984", "3", "0", 0, 2)] == [0, 2, 0, 0, 2]
+    with pytest.raises(DataError, match="has the label '7', which is no class"):
+        years.class_number("7")
+
+
+def test_numbers_that_are_no_class_numbers_are_refused_before_a_class_is_made_of_each() -> None:
+    assert numbered_classes({0, 3}, "table.csv", "") == ["0", "1", "2", "3"]
+    with pytest.raises(DataError, match=r"table\.csv: its labels are numbers up to 2,021,030,401, but only 2 different ones"):
+        numbered_classes({2021030400, 2021030401}, "table.csv", "put a classes.txt beside it")

@@ -158,3 +158,22 @@ def test_the_statistics_are_those_of_all_samples_together(tiny_dataset: DatasetM
     merged, _ = merge_datasets(entries(*members), tmp_path / "merged", tmp_path)
     assert merged.image_stats.mean == [0.5] * 3
     assert merged.image_stats.std == [0.316228] * 3  # sqrt(0.1^2 + 0.3^2)
+
+
+def test_a_member_that_was_written_anew_is_merged_anew(tiny_dataset: DatasetManifest, tmp_path: Path) -> None:
+    member = relabelled(tiny_dataset, tiny_dataset.class_names, tmp_path / "member")
+    merge_datasets(entries((member, 2.0)), tmp_path / "merged", tmp_path)
+    shard = member.split("train").shards[0]
+    (member.folder / shard.name).write_bytes((member.folder / shard.name).read_bytes() + bytes(10240))
+    train = member.split("train")
+    larger = dataclasses.replace(shard, num_bytes=shard.num_bytes + 10240)
+    splits = member.splits | {"train": dataclasses.replace(train, shards=[larger, *train.shards[1:]])}
+    member = dataclasses.replace(member, splits=splits).save()
+    merged, made = merge_datasets(entries((member, 2.0)), tmp_path / "merged", tmp_path)
+    assert made and merged.split("train").shards[0].num_bytes == larger.num_bytes
+
+
+def test_a_merge_is_the_same_data_set_wherever_its_folder_lies(tiny_dataset: DatasetManifest, tmp_path: Path) -> None:
+    merged = [merge_datasets(entries((tiny_dataset, 1.0)), tmp_path / place, tmp_path)[0] for place in ("here", "a/b/there")]
+    assert merged[0].digest == merged[1].digest
+    assert load_dataset(tmp_path / "a/b/there").digest == merged[1].digest

@@ -21,7 +21,9 @@ class Planned:
     def __init__(self, images: Iterable[Given], path: Path, config: DatasetConfig = TINY_SPLIT) -> None:
         images = list(images)
         with listing_of(images, path / "images.sqlite") as listing:
-            self.layout: Layout = plan_layout(listing, config, NAMES)
+            self.layout: Layout = plan_layout(
+                listing, config, NAMES[: 1 + max(label for image in images for label in image.labels)]
+            )
             self.in_order: dict[str, list[str]] = {}
             for shard in self.layout.shards(config.samples_per_shard):
                 placed = listing.placed(shard.first_of_all, shard.count)

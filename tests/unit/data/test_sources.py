@@ -207,3 +207,29 @@ def test_the_digits_are_all_there() -> None:
     assert images[5].name == "digit-0005"
     assert source.read("digit-0005").startswith(b"\x89PNG")
     assert dataclasses.asdict(images[0])["labels"] == (0,)
+
+
+def test_links_that_lead_nowhere_are_listed_so_that_they_are_rejected_by_name(folder: Path) -> None:
+    (folder / "red" / "loop.png").symlink_to("loop.png")
+    (folder / "red" / "gone.png").symlink_to("/nowhere/gone.png")
+    source = opened(folder)
+    found = {image.name: image.facts for image in source.images()}
+    assert len(found) == 8
+    assert found["red/loop.png"] == found["red/gone.png"] == (0, 0)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        source.read("red/loop.png")
+    with pytest.raises(FileNotFoundError):
+        source.read("red/gone.png")
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "test", "valid")])
+def test_folders_of_which_only_some_name_splits_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+    images_at(tmp_path, *(f"{split}/{kind}/1.jpg" for split in names for kind in ("cat", "dog")), "extra/1.jpg")
+    with pytest.raises(DataError, match=r"images lie in \w+, .*which name splits, and beside them in extra\. Move that out"):
+        opened(tmp_path)
+    assert len(opened(tmp_path, class_level=1).class_names) == len(names) + 1
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    images_at(tmp_path, "train/1.jpg", "bus/1.jpg", "car/1.jpg")
+    assert opened(tmp_path).class_names == ["bus", "car", "train"]

@@ -1,19 +1,20 @@
 import dataclasses
 import gzip
 import itertools
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.config import AugmentConfig, DataConfig
+from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
 from pipeline.data.datamodule import ResumableLoader, ShardDataModule
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.streaming import StreamDataset, StreamLoader, read_samples
 from pipeline.errors import ConfigError, DataError, RunError
 from pipeline.manifest import DatasetManifest
-from pipeline.preprocess import PreprocessSpec
+from pipeline.preprocess import PreprocessSpec, build_spec
 from tests.unit.data.test_dataset import damage
 
 CONFIG = DataConfig(global_batch_size=4, steps_per_epoch=5, shuffle_buffer=8)
@@ -162,3 +163,14 @@ def test_an_evaluation_of_the_same_data_set_is_exact(streamed: DatasetManifest, 
     loader: Any = ShardDataModule(streamed, tiny_spec, CONFIG, seed=1999).val_dataloader()
     assert isinstance(loader, ResumableLoader)
     assert sum(int(batch["weight"].sum()) for batch in loader) == 12
+
+
+def test_a_stream_without_samples_ends_instead_of_looking_for_ever(tmp_path: Path, streamed: DatasetManifest) -> None:
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    empty = dataclasses.replace(streamed, streams={"train": [str(tmp_path / "empty.tar")]})
+    spec = build_spec(PreprocessConfig(resize=[16, 16]), streamed.image_stats)
+    with pytest.raises(
+        DataError, match=r"empty\.tar, \.\.\.\) hold too few samples: none is left for one of 1 loader processes"
+    ):
+        next(iter(stream_of(empty, spec)))

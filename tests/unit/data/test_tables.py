@@ -123,22 +123,26 @@ def test_a_table_that_cannot_work_is_refused_with_its_line(text: str, message: s
         opened(folder / "table.csv")
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ("a.jpg,dog,train\nnowhere.jpg,cat,val\n", "line 3 names nowhere.jpg, which cannot be found"),
-        ("a.jpg,dog,train\nsub/b.jpg,cat,vall\n", "line 3: 'vall' is no split. Did you mean 'val'"),
-        ("a.jpg,dog,train\nsub,cat,val\n", None),
-    ],
-)
-def test_a_row_that_cannot_work_is_refused_when_it_is_listed(rows: str, message: str | None, folder: Path) -> None:
-    (folder / "table.csv").write_text(f"path,label,split\n{rows}")
+def test_a_split_that_is_none_is_refused_when_it_is_listed(folder: Path) -> None:
+    (folder / "table.csv").write_text("path,label,split\na.jpg,dog,train\nsub/b.jpg,cat,vall\n")
+    with pytest.raises(DataError, match=r"line 3: 'vall' is no split\. Did you mean 'val'"):
+        list(opened(folder / "table.csv").images())
+
+
+@pytest.mark.parametrize("name", ["nowhere.jpg", "sub"])
+def test_a_file_that_is_none_is_listed_and_fails_when_it_is_read(name: str, folder: Path) -> None:
+    (folder / "table.csv").write_text(f"path,label,split\na.jpg,dog,train\n{name},cat,val\n")
     source = opened(folder / "table.csv")
-    if message is None:  # a folder: reading it is what fails
-        assert len(list(source.images())) == 2
-        return
-    with pytest.raises(DataError, match=message):
-        list(source.images())
+    assert [image.name for image in source.images()] == ["a.jpg", name]
+    with pytest.raises(OSError, match=f"{name}"):
+        source.read(name)
+
+
+def test_numbers_that_are_listed_as_names_are_names(folder: Path) -> None:
+    (folder / "classes.txt").write_text("1\n2\n3\n")
+    (folder / "table.csv").write_text("path,label\na.jpg,1\nsub/b.jpg,3\n")
+    source = opened(folder / "table.csv")
+    assert [source.class_names[image.labels[0]] for image in source.images()] == ["1", "3"]
 
 
 def test_a_number_that_is_no_class_is_refused(folder: Path) -> None:

@@ -669,6 +669,14 @@ def test_a_merge_names_the_parts_that_are_missing(tiny_source: Path, tmp_path: P
         merge_parts(settings(tiny_source, split_seed=1), target)
 
 
+def test_a_single_part_is_a_part_like_any_other(tiny_source: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    target, config = tmp_path / "dataset", settings(tiny_source)
+    for _ in range(2):
+        assert write_part(config, target, 1, 1) == PartOutcome(14, {})
+    assert merge_parts(config, target)[1]
+    assert files_of(target) == undisturbed
+
+
 def test_a_part_that_was_interrupted_goes_on_where_it_was(
     tiny_source: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

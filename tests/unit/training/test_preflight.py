@@ -49,6 +49,13 @@ def test_a_batch_that_processes_cannot_share_is_refused_naming_the_two_nearest(
         require_trainable(change(tiny_config, "data", global_batch_size=batch), tiny_dataset, processes)
 
 
+def test_a_split_without_samples_is_refused(tiny_config: Config, tiny_dataset: DatasetManifest) -> None:
+    empty = dataclasses.replace(tiny_dataset.split("val"), shards=[], class_counts=[0, 0, 0])
+    manifest = dataclasses.replace(tiny_dataset, splits=tiny_dataset.splits | {"val": empty})
+    with pytest.raises(DataError, match=r"its `val` split has no sample"):
+        require_trainable(tiny_config, manifest, 1)
+
+
 def test_a_batch_larger_than_the_split_is_refused_unless_it_may_be_padded(
     tiny_config: Config, tiny_dataset: DatasetManifest
 ) -> None:
