@@ -17,7 +17,7 @@ import pipeline
 from pipeline import distributed, launch
 from pipeline.config import Config, add_settings, load_config, parse_arguments, parse_config
 from pipeline.console import closing_box, say, show_table
-from pipeline.errors import ConfigError, DataError, ShardlineError, explain_os_error, nearest
+from pipeline.errors import ConfigError, DataError, RunError, ShardlineError, explain_os_error, nearest
 from pipeline.files import locked
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset, read_manifest
 from pipeline.remote import is_url
@@ -551,11 +551,24 @@ def doctor(argv: list[str]) -> int:
         from pipeline.doctor import examine
 
         return distributed.run_rank(lambda: examine(config), exit_dir / "exit")
-    code = launch.launch(["doctor", *argv], exit_dir, launch.processes_here())
+    code = _doctor_together(config, ["doctor", *argv], exit_dir)
     if launch.is_first_node():
         shutil.rmtree(exit_dir, ignore_errors=True)
     if code == 0 and launch.is_first_node():
         closing_box("fit for a long job", {"figures": str(Path(config.runs_dir) / "doctor.json")}, _next("train", argv))
+    return code
+
+
+def _doctor_together(config: Config, arguments: list[str], exit_dir: Path) -> int:
+    from pipeline.doctor import RENDEZVOUS_SECONDS, examine_alone
+
+    try:
+        code = launch.launch(arguments, exit_dir, launch.processes_here(), meet_seconds=RENDEZVOUS_SECONDS)
+    except RunError as error:
+        examine_alone(config, str(error))
+        raise
+    if code == 1 and launch.num_nodes() > 1 and not distributed.read_outcomes(exit_dir / "exit"):
+        examine_alone(config, f"not all of {launch.num_nodes()} machines came within {RENDEZVOUS_SECONDS:.0f} s")
     return code
 
 

@@ -202,15 +202,16 @@ def _is_of_collective(error: BaseException) -> bool:
 def run_rank(work: Callable[[], None], exit_dir: Path) -> int:
     """Do a rank's work; leave its outcome in `exit_dir` and return its exit code."""
     die_with_parent()
+    succeeded = threading.Event()
     # Registered first, so called last: what others clean up at exit is done, and C++ threads that outlive the interpreter
     # can no longer end a rank that succeeded by "terminate called without an active exception" (seen once).
-    atexit.register(_leave)
+    atexit.register(lambda: _leave(0) if succeeded.is_set() else None)
     path = exit_dir / f"rank-{rank()}.json"
     path.unlink(missing_ok=True)  # of an earlier try, where an elastic launcher starts the ranks again
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
         name = signal.Signals(number).name
-        message = f"stopped by {name} before training began; nothing to save"
+        message = f"stopped by {name} outside of the training steps; nothing was left to save"
         outcome = RankOutcome(rank(), _code_of(number), message, time=time.time(), host=socket.gethostname())
         with contextlib.suppress(OSError):
             write_json(path, asdict(outcome))
@@ -228,10 +229,11 @@ def run_rank(work: Callable[[], None], exit_dir: Path) -> int:
         _speak(outcome, exit_dir)
     if outcome.exit_code:
         _leave(outcome.exit_code)  # the others may wait for this rank in a collective; a tidy exit would wait for them
+    succeeded.set()
     return 0
 
 
-def _leave(exit_code: int = 0) -> None:
+def _leave(exit_code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

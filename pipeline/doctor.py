@@ -40,6 +40,7 @@ from pipeline.remote import is_url
 Grade = Literal["green", "yellow", "red", "skipped"]
 RESULT = "doctor.json"
 RENDEZVOUS_SECONDS = 120.0
+MEET_REMEDY = "Is the first machine up, its port open, and PET_MASTER_ADDR a name that every machine knows?"
 DISK_TEST_BYTES = 64 << 20
 SLOW_DISK_MB_PER_SECOND = 20.0
 FEW_OPEN_FILES = 4096
@@ -97,14 +98,24 @@ def examine(config: Config) -> None:
         distributed.join_group(timedelta(seconds=RENDEZVOUS_SECONDS))
     except Exception as error:
         why = f"the processes could not meet: {' '.join(str(error).split())[:200]}"
-        remedy = "Is the first machine up, its port open, and PET_MASTER_ADDR a name that every machine knows?"
-        _tell(config, [*findings, Finding("red", why, remedy, "rendezvous")])
+        if is_first_here:
+            _tell(config, [*findings, Finding("red", why, MEET_REMEDY, "rendezvous")])
+        raise GateError(why) from error
     everyone: list[list[Finding]] = [[] for _ in range(distributed.world_size())]
     dist.all_gather_object(everyone, findings)
     together = [_look(check, patient) for check in JOINT_CHECKS]
     dist.barrier()
     if distributed.rank() == 0:
         _tell(config, [*(finding for each in everyone for finding in each), _look(_mlflow, patient), *together])
+
+
+def examine_alone(config: Config, why: str) -> None:
+    """Examine this machine where no other can be met, which is red. Raises GateError."""
+    try:
+        patient = Patient(config, load_dataset(config.dataset_location, config.data.cache_folder))
+    except ShardlineError:
+        patient = Patient(config, None)
+    _tell(config, [*(_look(check, patient) for check in MACHINE_CHECKS), Finding("red", why, MEET_REMEDY, "rendezvous")])
 
 
 def _look(check: Check, patient: Patient) -> Finding:
@@ -319,11 +330,15 @@ def _same_everywhere(patient: Patient) -> Finding:
 def _one_run_folder(patient: Patient) -> Finding:
     """Whether all ranks see the file that rank 0 has just written."""
     path = Path(patient.config.runs_dir) / ".doctor-token"
-    token = [os.urandom(8).hex()]
-    dist.broadcast_object_list(token, src=0)
+    token = [os.urandom(8).hex(), ""]
     if distributed.rank() == 0:
-        path.write_text(token[0])
-    dist.barrier()
+        try:
+            path.write_text(token[0])
+        except OSError as error:  # the others must not be left waiting
+            token[1] = f"{path}: {error.strerror}"
+    dist.broadcast_object_list(token, src=0)
+    if token[1]:
+        return Finding("red", token[1], "The folder of runs must be writable.")
     deadline = time.monotonic() + 10.0  # network file systems show a new file after seconds
     while not (sees := path.is_file() and path.read_text() == token[0]) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -8,6 +8,7 @@ PET_MASTER_ADDR, ...), which Kubeflow sets and our Slurm script too.
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,10 +20,18 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline.distributed import LAUNCHER_PID, STOP_SIGNALS, RankOutcome, die_with_parent, num_processes, read_outcomes
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
 from pipeline.files import write_json
 
 EXIT_DIR = "SHARDLINE_EXIT_DIR"
+# A ^C so long after the first means it.
+SECOND_PRESS_SECONDS = 1.0
+# After the first rank has ended on a stop signal, how long the others may take before they are killed.
+STOP_WAIT_SECONDS = 120.0
+# How far apart the clocks of machines may be when an outcome is told from one of an earlier start.
+CLOCK_SECONDS = 5.0
+# How long machines wait for each other at the start: queues and images take their time.
+MEET_SECONDS = 900.0
 # How long a node whose ranks only lost others waits for the words of those.
 WORDS_WAIT_SECONDS = 10.0
 
@@ -46,25 +55,58 @@ def processes_here() -> int:
     return int(wanted) if wanted.isdecimal() and num_nodes() > 1 else num_processes()
 
 
-def launch(arguments: list[str], run_dir: Path, processes: int) -> int:
+def require_first_machine(wait_seconds: float) -> None:
+    """Wait until the machine that all meet at answers. Raises RunError when it does not: torchrun would wait without a word."""
+    host, port = os.environ.get("PET_MASTER_ADDR"), os.environ.get("PET_MASTER_PORT", "29500")
+    if num_nodes() == 1 or is_first_node() or host is None:
+        return
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5.0).close()
+            return
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{host}:{port} (PET_MASTER_ADDR, PET_MASTER_PORT) cannot be reached from {socket.gethostname()} after "
+                    f"{wait_seconds:.0f} s ({error}). Is the first machine up and its port open?"
+                ) from error
+        time.sleep(1.0)
+
+
+def launch(arguments: list[str], run_dir: Path, processes: int, meet_seconds: float = MEET_SECONDS) -> int:
     """Run `shardline ARGUMENTS` on `processes` ranks of this machine under torchrun, as a child that ends with us.
 
-    Returns one exit code; what went wrong is printed once. Stop signals are passed on, so that the ranks save first.
+    Returns one exit code; what went wrong is printed once. Stop signals are passed on, so that the ranks save first. Other
+    machines are waited for at most `meet_seconds`. Raises RunError when the first of them cannot be reached.
     """
+    require_first_machine(meet_seconds)
     exit_dir = run_dir / "exit"
     exit_dir.mkdir(parents=True, exist_ok=True)
     _forget_own(exit_dir)
+    started = time.time()
     command = [sys.executable, "-m", "pipeline.launch", f"--nproc-per-node={processes}"]
     # SIGTERM, SIGINT and SIGUSR1 are passed on by us: torchrun kills ranks that take longer than 30 s to save.
-    command += ["--signals-to-handle=SIGQUIT", *([] if num_nodes() > 1 else ["--standalone"])]
+    meet = f"--rdzv-conf=timeout={meet_seconds:.0f},join_timeout={meet_seconds:.0f}"
+    command += ["--signals-to-handle=SIGQUIT", meet if num_nodes() > 1 else "--standalone"]
     command += ["-m", "pipeline", *arguments]
     child = subprocess.Popen(command, env=_environment(exit_dir, processes), start_new_session=True)
     received: list[int] = []
+    first_at = 0.0
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        nonlocal first_at
         received.append(number)
         if len(received) == 1:
+            first_at = time.monotonic()
+            if not children_of(child.pid):  # it waits for other machines, and hears nothing
+                child.kill()
+                return
             child.send_signal(number)
+            if number == signal.SIGINT:
+                print("stopping after a save; ^C again ends it at once", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT and time.monotonic() - first_at > SECOND_PRESS_SECONDS:
+            child.kill()  # and the ranks end with it
 
     previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
@@ -72,7 +114,7 @@ def launch(arguments: list[str], run_dir: Path, processes: int) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return _conclude(returned, exit_dir, received, processes)
+    return _conclude(returned, exit_dir, received, processes, started)
 
 
 def _forget_own(exit_dir: Path) -> None:
@@ -97,9 +139,15 @@ def _environment(exit_dir: Path, processes: int) -> dict[str, str]:
     return environment
 
 
-def _conclude(returned: int, exit_dir: Path, received: list[int], processes: int) -> int:
-    outcomes = _outcomes_with_cause(exit_dir)
+def _conclude(returned: int, exit_dir: Path, received: list[int], processes: int, started: float) -> int:
+    outcomes = _outcomes_with_cause(exit_dir, started)
     failed = [outcome for outcome in outcomes if outcome.exit_code]
+    num_here = sum(outcome.host == socket.gethostname() for outcome in outcomes)
+    if not failed and num_here == processes and received:
+        return 0  # the signal came when all was done
+    stopped = [outcome for outcome in failed if outcome.exit_code > 128]
+    if received and stopped and all(outcome.lost_peer for outcome in failed if outcome not in stopped):
+        failed = stopped
     # A rank that was told to stop because another failed is not the cause.
     causes = [outcome for outcome in failed if outcome.exit_code in (2, 3)] or failed
     if causes and causes[0].lost_peer:  # nobody knows why: say whom the ranks of this machine lost
@@ -130,11 +178,12 @@ def _conclude(returned: int, exit_dir: Path, received: list[int], processes: int
     return first.exit_code if first.exit_code > 0 else 1
 
 
-def _outcomes_with_cause(exit_dir: Path) -> list[RankOutcome]:
-    """The ranks' outcomes, on several nodes after a while in which another node may add the cause of ours."""
+def _outcomes_with_cause(exit_dir: Path, started: float) -> list[RankOutcome]:
+    """The ranks' outcomes of this start, on several nodes after a while in which another may add the cause of ours."""
     deadline = time.monotonic() + WORDS_WAIT_SECONDS
     while True:
-        outcomes = read_outcomes(exit_dir)
+        # All ranks begin after this machine's launcher did: what is older was left by an earlier start, on other machines.
+        outcomes = [outcome for outcome in read_outcomes(exit_dir) if outcome.time > started - CLOCK_SECONDS]
         failed = [outcome for outcome in outcomes if outcome.exit_code]
         is_known = not failed or not all(outcome.lost_peer for outcome in failed)
         if is_known or num_nodes() == 1 or time.monotonic() > deadline:
@@ -185,14 +234,36 @@ def run_launcher(arguments: list[str]) -> int:
 
 def _stop_ranks(number: int) -> None:
     """Pass a signal on to the ranks and wait until they have saved; whoever is in a hurry kills us, and them with us."""
-    ranks = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    ranks = children_of(os.getpid())
     for pid in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    for pid in ranks:
-        with contextlib.suppress(ChildProcessError):
-            # WNOWAIT leaves the rank to torchrun, which asks for its exit code.
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    # A rank that hangs keeps the others waiting until their own time-out; after the first end they get a while, and no more.
+    deadline = math.inf
+    while (left := [pid for pid in ranks if not _has_ended(pid)]) and time.monotonic() < deadline:
+        if len(left) < len(ranks):
+            deadline = min(deadline, time.monotonic() + STOP_WAIT_SECONDS)
+        time.sleep(0.05)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started and that have not been waited for."""
+    found = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        # WNOWAIT leaves the rank to torchrun, which asks for its exit code.
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+    except ChildProcessError:
+        return True
 
 
 def _killed(number: int, exit_code: int, when: float) -> RankOutcome:

@@ -84,8 +84,8 @@ def time_limit(timeout_seconds: float) -> Iterator[None]:
         with contextlib.suppress(RuntimeError):  # torch's word of their end
             _kill_workers()
         raise ProcessError(
-            f"no batch from the loader processes in {timeout_seconds:g} s (`data.timeout_seconds`): one hangs, or the disk or "
-            f"network of the shards does. {AGAIN}"
+            f"no batch in {timeout_seconds:g} s (`data.timeout_seconds`): a loader process hangs, or the disk or network of "
+            f"the shards does. {AGAIN}"
         )
 
     previous = signal.signal(signal.SIGALRM, ring)

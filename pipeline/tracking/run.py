@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
+from pipeline.files import locked, publish, temporary_name
 from pipeline.run import RunRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+DATABASE = "mlflow.db"
+DATABASE_WAIT_SECONDS = 120.0
 JOB_TAG = "shardline.job_id"
 NAMES = ("seed", "data", "model", "optimizer", "scheduler", "trainer", "preprocess")
 
@@ -64,7 +67,7 @@ class RunTracker:
 
 def tracking_uri(config: Config) -> str:
     """Where runs are tracked: the configured server, or a sqlite file in the runs folder."""
-    return config.tracking.uri or f"sqlite:///{(Path(config.runs_dir) / 'mlflow.db').resolve()}"
+    return config.tracking.uri or f"sqlite:///{(Path(config.runs_dir) / DATABASE).resolve()}"
 
 
 def open_tracker(config: Config, record: RunRecord) -> RunTracker:
@@ -79,6 +82,8 @@ def open_tracker(config: Config, record: RunRecord) -> RunTracker:
     if found:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
+        if not found[0].data.params:  # killed right after the run was made
+            _log_parameters(client, run_id, config)
     else:
         tags = {JOB_TAG: record.job_id, "shardline.data_digest": record.data_digest}
         if record.git["commit"]:
@@ -101,7 +106,23 @@ def open_client(config: Config) -> "MlflowClient":
 
     for name in ("mlflow", "alembic"):  # importing mlflow sets them back
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not config.tracking.uri:
+        _make_database(Path(config.runs_dir) / DATABASE)
     return MlflowClient(tracking_uri(config))
+
+
+def _make_database(path: Path) -> None:
+    """See to it that MLflow's sqlite file is there, whole: making it takes seconds, and what a kill left half-made stays so."""
+    from mlflow import MlflowClient
+
+    with locked(path, wait_seconds=DATABASE_WAIT_SECONDS):
+        if path.exists():
+            return
+        temporary = temporary_name(path)
+        for left_over in path.parent.glob(f"{temporary.name}*"):
+            left_over.unlink()
+        MlflowClient(f"sqlite:///{temporary.resolve()}").search_experiments()
+        publish(temporary, path)
 
 
 def _experiment(client: "MlflowClient", config: Config) -> str:

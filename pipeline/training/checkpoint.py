@@ -85,13 +85,31 @@ def newest_checkpoint(run_dir: Path, record: RunRecord) -> tuple[Path, dict[str,
             continue
         if refused:
             say(f"{path}: the one before is whole; going on from it")
-        return path, facts
+        return path, {**facts, "lost": _lost_of(run_dir, facts.get("ranking", []))}
     if refused:
         raise RunError(
             f"{run_dir / LAST.parent}: none of its checkpoints can be used ({', '.join(refused)}). "
             "Put one back, or start anew with --fresh."
         )
     return None
+
+
+def _lost_of(run_dir: Path, ranking: list[list[float]]) -> list[int]:
+    """Steps of the best checkpoints so far that are no longer whole; each is said by name."""
+    lost = []
+    for _, step in ranking:
+        try:
+            require_intact(checkpoint_path(run_dir, int(step)))
+        except (RunError, OSError) as error:
+            say(f"refused {error} It was among the best; the next validations choose another.")
+            lost.append(int(step))
+    return lost
+
+
+def remove_temporary(run_dir: Path) -> None:
+    """Remove what a kill in the middle of a save left; the caller is the run's only writer."""
+    for path in (run_dir / LAST.parent).glob(".step-*.tmp"):
+        path.unlink()
 
 
 # ---- the content ----

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import math
 import time
+from collections.abc import Collection
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -81,8 +82,16 @@ class CheckpointWriter(L.Callback):
     It also ends a training that no longer improves (early stopping), which is decided by the same comparison.
     """
 
-    def __init__(self, config: Config, manifest: DatasetManifest, identity: dict[str, str | None], folder: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        manifest: DatasetManifest,
+        identity: dict[str, str | None],
+        folder: Path,
+        lost: Collection[int] = (),
+    ) -> None:
         self.config, self.manifest, self.identity, self.folder = config, manifest, identity, folder
+        self.lost = lost  # steps of checkpoints that were among the best and are damaged
         self.ranking: list[list[float]] = []  # [value, step] of the best validations, the best first
         self.num_worse = 0  # validations since the best one
         self.saved_step = 0
@@ -181,7 +190,8 @@ class CheckpointWriter(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on comparing with the best so far."""
-        self.ranking, self.num_worse = state_dict["ranking"], state_dict["num_worse"]
+        self.ranking = [[value, step] for value, step in state_dict["ranking"] if step not in self.lost]
+        self.num_worse = state_dict["num_worse"]
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A run that was killed after its early stop has nothing left to train."""
@@ -201,6 +211,7 @@ class CheckpointWriter(L.Callback):
             "cursor": {"epoch": place["epoch"], "batch": place["batch"] // self.config.data.accumulate},
             "global_step": trainer.global_step,
             "world_size": trainer.world_size,
+            "ranking": self.ranking,
             **self.identity,
         }
 

@@ -18,7 +18,7 @@ from pipeline.console import say
 from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.labels import TRADE_OFFS
 from pipeline.data.order import training_steps_per_epoch
-from pipeline.errors import StoppedError
+from pipeline.errors import RunError, StoppedError
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import build_network, count_parameters
@@ -27,7 +27,7 @@ from pipeline.run import RunRecord, open_run
 from pipeline.tracking.run import RunTracker, open_tracker
 from pipeline.training.bad_samples import BadSampleLedger
 from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
-from pipeline.training.checkpoint import identity_of, newest_checkpoint
+from pipeline.training.checkpoint import identity_of, newest_checkpoint, remove_temporary, require_intact
 from pipeline.training.checkpoint_writer import CheckpointWriter, DurableCheckpointIO
 from pipeline.training.classifier import Classifier
 from pipeline.training.monitors import StepMonitor
@@ -101,7 +101,10 @@ def _fit_recorded(config: Config, manifest: DatasetManifest, record: RunRecord) 
         with contextlib.suppress(Exception):
             tracker.finish("KILLED" if is_stop else "FAILED")
         raise
+    if not writer.ranking:
+        raise RunError(f"{config.run_dir}: its best checkpoint was damaged, and no validation was left. Train with --fresh.")
     best = writer.best_path
+    require_intact(best)
     record.steps, record.outcome = steps, "done"
     record.best = {
         "path": str(best.relative_to(config.run_dir)),
@@ -125,7 +128,7 @@ def _fit_rank(
     network = build_network(config.model, len(manifest.class_names), spec)
     steps_per_epoch = training_steps_per_epoch(manifest, config.data)
     module = Classifier(network, config, len(manifest.class_names), total_steps=steps_per_epoch * config.trainer.max_epochs)
-    writer = CheckpointWriter(config, manifest, identity, config.run_dir)
+    writer = CheckpointWriter(config, manifest, identity, config.run_dir, before["lost"] if before else ())
     trainer = build_trainer(config, build_callbacks(config, manifest, spec, writer, tracker), **training_options(config))
     if trainer.is_global_zero:
         place = f", going on after step {before['global_step']}" if before else ""
@@ -178,6 +181,7 @@ def _agree_on_start(
     """
     decision: list[Any] = [None]
     if record is not None:
+        remove_temporary(config.run_dir)
         newest = newest_checkpoint(config.run_dir, record)
         decision = [(identity_of(record), *(newest or (None, None)))]
     if dist.is_initialized():

@@ -26,7 +26,8 @@ class StopOnSignal(L.Callback):
 
     def __init__(self, writer: CheckpointWriter) -> None:
         self.writer = writer
-        self.received = 0
+        self.received = 0  # by this rank, at any moment
+        self.agreed = 0  # by all ranks, at the last agreement: nothing but this decides what they do together
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Take over from Lightning's own handlers, which save inside the handler or exit 0."""
@@ -44,7 +45,7 @@ class StopOnSignal(L.Callback):
         if trainer.global_step % STEPS_BETWEEN_AGREEMENTS or not self.writer.may_save(trainer, module, batch_idx):
             return
         is_due = self._agree(self.writer.is_due)
-        if self.received or is_due:
+        if self.agreed or is_due:
             self.writer.save(trainer)
         self._stop(trainer)
 
@@ -64,14 +65,14 @@ class StopOnSignal(L.Callback):
         flags = torch.tensor([self.received, int(is_due)])  # on the CPU: no GPU has to finish its work for it
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        self.received = int(flags[0])
+        self.agreed = int(flags[0])  # a signal that comes during the wait is for the next agreement
         return bool(flags[1])
 
     def _stop(self, trainer: L.Trainer) -> None:
-        if not self.received:
+        if not self.agreed:
             return
-        name = signal.Signals(self.received).name
+        name = signal.Signals(self.agreed).name
         raise StoppedError(
             f"stopped by {name} after step {trainer.global_step}, saved. Run the same command again to go on.",
-            self.received,
+            self.agreed,
         )

@@ -46,7 +46,7 @@ def wait_for_checkpoint(run_dir: Path, front_door: subprocess.Popen[bytes]) -> N
             signal.SIGKILL,
             r"a loader process ended by itself \((is killed by signal: Killed|exited unexpectedly|its connection was cut)\)",
         ),
-        (signal.SIGSTOP, r"no batch from the loader processes in 15 s \(`data.timeout_seconds`\): one hangs"),
+        (signal.SIGSTOP, r"no batch in 15 s \(`data.timeout_seconds`\): a loader process hangs"),
     ],
 )
 def test_a_loader_process_that_dies_or_hangs_is_named(workspace: Path, number: signal.Signals, message: str) -> None:

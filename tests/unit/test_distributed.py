@@ -5,11 +5,12 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ import torch
 
 from pipeline import distributed
 from pipeline.distributed import LAUNCHER_PID, Member, RankOutcome, num_processes, read_outcomes
-from pipeline.errors import ConfigError
-from pipeline.launch import EXIT_DIR, is_first_node, launch, num_nodes, processes_here
+from pipeline.errors import ConfigError, RunError
+from pipeline.launch import EXIT_DIR, is_first_node, launch, num_nodes, processes_here, require_first_machine
 
 LIMIT_SECONDS = 20.0
 
@@ -60,15 +61,19 @@ class Child:
 
     outcomes: tuple[RankOutcome, ...] = ()
     returned = 0
+    pid = 0
     interrupted_by: signal.Signals | None = None
 
     def __init__(self, command: list[str], env: dict[str, str], start_new_session: bool) -> None:
         self.exit_dir = Path(env[EXIT_DIR])
         self.passed_on: list[int] = []
+        self.began = time.time()
 
     def wait(self) -> int:
         for outcome in self.outcomes:
-            (self.exit_dir / f"rank-{outcome.rank}.json").write_text(json.dumps(asdict(outcome)))
+            host = outcome.host or socket.gethostname()
+            word = replace(outcome, host=host, time=outcome.time + self.began)
+            (self.exit_dir / f"rank-{outcome.rank}.json").write_text(json.dumps(asdict(word)))
         if self.interrupted_by is not None:
             os.kill(os.getpid(), self.interrupted_by)
             os.kill(os.getpid(), self.interrupted_by)
@@ -92,6 +97,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launch:
     def conclude(*outcomes: RankOutcome, returned: int = 0, by: signal.Signals | None = None) -> int:
         child = type("Stand", (Child,), {"outcomes": outcomes, "returned": returned, "interrupted_by": by})
         monkeypatch.setattr(subprocess, "Popen", child)
+        monkeypatch.setattr("pipeline.launch.children_of", lambda _pid: [1])
         return launch(["train"], tmp_path / "run", processes=2)
 
     return conclude
@@ -146,6 +152,27 @@ def test_ranks_that_stopped_after_saving_give_128_and_the_signal(ended: Launch, 
     stopped = [RankOutcome(rank, 143, "stopped by SIGTERM after step 7, saved.", time=10.0 + rank) for rank in (0, 1)]
     assert ended(*stopped, returned=143, by=signal.SIGTERM) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM after step 7, saved.\n"
+
+
+def test_a_signal_that_comes_when_all_is_done_changes_nothing(ended: Launch) -> None:
+    assert ended(RankOutcome(0, 0, ""), RankOutcome(1, 0, ""), returned=143, by=signal.SIGTERM) == 0
+
+
+def test_a_rank_that_lost_one_that_stopped_is_no_failure(ended: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = RankOutcome(1, 143, "stopped by SIGTERM after step 7, saved.", time=1.0)
+    lost = RankOutcome(0, 1, "rank 1 went away", time=1.1, lost_peer=True)
+    assert ended(lost, stopped, returned=143, by=signal.SIGTERM) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM after step 7, saved.\n"
+    assert ended(lost, stopped, returned=1) == 1, "nobody asked for it: torchrun ended it on its way out"
+
+
+def test_what_an_earlier_start_left_on_another_machine_is_not_of_this_one(
+    ended: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_NNODES", "2")
+    here = [RankOutcome(0, 0, ""), RankOutcome(1, 0, "")]
+    assert ended(*here, RankOutcome(2, 2, "a mistake of yesterday", time=-60.0, host="gone")) == 0
+    assert ended(*here, RankOutcome(2, 2, "a mistake", time=1.0, host="there")) == 2
 
 
 def test_a_rank_that_could_leave_no_word_has_spoken_itself(ended: Launch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,6 +271,13 @@ def test_a_rank_that_succeeded_is_not_ended_by_what_outlives_the_interpreter(tmp
     said, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, errors
     assert said == "tidy\n"
+
+
+def test_a_rank_that_fails_before_it_begins_does_not_succeed(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.json").mkdir()
+    process = python(RANK.format(work="pass"), str(tmp_path), RANK="0")
+    _, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 1, errors
 
 
 BOUND = """
@@ -415,3 +449,37 @@ def test_a_number_of_machines_that_is_none_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PET_NNODES", nodes)
     with pytest.raises(ConfigError, match=f"PET_NNODES is '{nodes}'; it must be a number of machines, or MIN:MAX"):
         num_nodes()
+
+
+def test_a_first_machine_that_does_not_answer_is_named_instead_of_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        for name, value in (("NNODES", "2"), ("NODE_RANK", "1"), ("MASTER_ADDR", "127.0.0.1")):
+            monkeypatch.setenv(f"PET_{name}", value)
+        monkeypatch.setenv("PET_MASTER_PORT", str(listener.getsockname()[1]))
+        with pytest.raises(
+            RunError, match=r"127\.0\.0\.1:\d+ \(PET_MASTER_ADDR, PET_MASTER_PORT\) cannot be reached from .* after 0 s"
+        ):
+            require_first_machine(0.1)
+        listener.listen()
+        require_first_machine(0.1)
+
+
+STUBBORN = """
+import subprocess, sys
+from pipeline import launch
+launch.STOP_WAIT_SECONDS = 0.5
+code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_{}); print(1, flush=True); time.sleep(60)"
+commands = [[sys.executable, "-c", code.format(does)] for does in ("IGN", "DFL")]
+ranks = [subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands]
+for rank in ranks:
+    rank.stdout.readline()
+launch._stop_ranks(15)
+print([rank.wait() for rank in ranks])
+"""
+
+
+def test_ranks_that_do_not_stop_are_killed_a_while_after_the_first_that_did() -> None:
+    process = python(STUBBORN)
+    said, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert said.strip() == "[-9, -15]", errors

@@ -1,6 +1,8 @@
 """importing mlflow costs seconds and making its database as many, so all tests share one file; each test has its own job."""
 
 import dataclasses
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +11,8 @@ import pytest
 
 from pipeline.config import Config, ModelConfig, OptimizerConfig, TrackingConfig
 from pipeline.run import RunRecord
-from pipeline.tracking.run import RunTracker, open_tracker, tracking_uri
+from pipeline.tracking.run import RunTracker, open_client, open_tracker, tracking_uri
+from tests.processes import wait_until
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -124,3 +127,32 @@ def test_runs_are_tracked_in_the_runs_folder_unless_a_server_is_named(
     assert tracking_uri(dataclasses.replace(config, runs_dir="runs")) == f"sqlite:///{tmp_path.resolve()}/runs/mlflow.db"
     server = dataclasses.replace(config, tracking=TrackingConfig(uri="http://127.0.0.1:5000"))
     assert tracking_uri(server) == "http://127.0.0.1:5000"
+
+
+MAKES_THE_DATABASE = """
+import sys
+from pipeline.config import Config
+from pipeline.tracking.run import open_client
+print("begins", flush=True)
+open_client(Config(runs_dir=sys.argv[1]))
+"""
+
+
+def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MAKES_THE_DATABASE, str(tmp_path)]
+    half_made = tmp_path / ".mlflow.db.tmp"
+    with subprocess.Popen(command) as process:
+        wait_until(lambda: half_made.exists() and half_made.stat().st_size > 0, "the database to be begun", seconds=60)
+        process.kill()
+    assert not (tmp_path / "mlflow.db").exists()
+    client = open_client(Config(runs_dir=str(tmp_path)))
+    assert [experiment.name for experiment in client.search_experiments()] == ["Default"]
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_a_run_that_was_killed_before_its_parameters_gets_them(config: Config, record: RunRecord) -> None:
+    client = open_client(config)
+    experiment = client.get_experiment_by_name("shardline") or client.get_experiment(client.create_experiment("shardline"))
+    client.create_run(experiment.experiment_id, tags={"shardline.job_id": record.job_id})
+    tracker = open_tracker(config, record)
+    assert tracker.client.get_run(tracker.run_id).data.params["model.channels"] == "[8, 16]"

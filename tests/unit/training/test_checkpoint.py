@@ -20,6 +20,8 @@ from pipeline.training.checkpoint import (
     load_checkpoint,
     load_network_weights,
     newest_checkpoint,
+    remove_temporary,
+    step_of,
 )
 from pipeline.training.checkpoint_writer import DurableCheckpointIO
 
@@ -185,3 +187,26 @@ def test_a_checkpoint_of_an_earlier_identity_of_the_run_is_its_own(saved: list[P
     newest = newest_checkpoint(record.folder, changed)
     assert newest is not None
     assert newest[0] == saved[0]
+
+
+def test_a_damaged_one_among_the_best_is_named_to_whoever_goes_on(
+    saved: list[Path], record: RunRecord, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = checkpoints_in(record.folder)[0]
+    content = torch.load(newest, weights_only=True)
+    steps = [step_of(path) for path in checkpoints_in(record.folder)]
+    content["shardline"]["ranking"] = [[0.9, steps[1]], [0.8, steps[0]]]
+    DurableCheckpointIO().save_checkpoint(content, newest)
+    flip_a_bit(checkpoints_in(record.folder)[1])
+    found = newest_checkpoint(record.folder, record)
+    assert found is not None
+    assert found[1]["lost"] == [steps[1]]
+    assert "is damaged: its sha256 is" in capsys.readouterr().out
+
+
+def test_what_a_kill_in_the_middle_of_a_save_left_is_removed(saved: list[Path], record: RunRecord) -> None:
+    half = saved[0].with_name(".step-00000099.ckpt.tmp")
+    half.write_bytes(b"half")
+    remove_temporary(record.folder)
+    assert not half.exists()
+    assert checkpoints_in(record.folder)

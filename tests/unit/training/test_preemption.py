@@ -66,6 +66,21 @@ def test_a_signal_stops_at_the_next_agreed_step_after_saving_it(
     assert (facts["global_step"], facts["cursor"]) == (5, {"epoch": 0, "batch": 5})
 
 
+def test_a_signal_during_the_agreement_waits_for_the_next(
+    config: Config, callbacks: Callable[[], list[L.Callback]], fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agree = StopOnSignal._agree
+
+    def interrupted(self: StopOnSignal, is_due: bool) -> bool:
+        decided = agree(self, is_due)
+        self.received = self.received or signal.SIGTERM  # after the others were asked
+        return decided
+
+    monkeypatch.setattr(StopOnSignal, "_agree", interrupted)
+    with pytest.raises(StoppedError, match=f"stopped by SIGTERM after step {STEPS_PER_EPOCH}, saved"):
+        fit(config, *callbacks())
+
+
 @pytest.mark.parametrize(
     ("batch", "steps", "after_step"),
     [(4, STEPS_PER_EPOCH, 6), (7, 5, 2)],
