@@ -6,25 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import ModelConfig, PreprocessConfig
+from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
-from pipeline.manifest import ImageStats
 from pipeline.models.blocks import GlobalAveragePool
 from pipeline.models.normalize import Normalize
 from pipeline.models.sequential import build_network, count_parameters, require_forward
-from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.task import sample_losses
+from tests.unit.models.given import images_of, spec_of
 
 Norm = Literal["batch", "group", "none"]
-
-
-def spec_of(height: int, width: int) -> PreprocessSpec:
-    return build_spec(PreprocessConfig(resize=[height, width]), ImageStats("train", [0.4] * 3, [0.2] * 3))
-
-
-def images_of(number: int, height: int = 16, width: int = 16) -> torch.Tensor:
-    """Noise, uint8 (N, 3, H, W)."""
-    return torch.randint(0, 256, (number, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -93,6 +83,55 @@ def test_a_fresh_network_guesses(norm: Norm, num_classes: int) -> None:
         loss = float(sample_losses(network(images_of(64)), torch.arange(64) % num_classes).mean())
     # The last layer's weights have a standard deviation of 0.01, so logits stay within a few hundredths of 0.
     assert loss == pytest.approx(math.log(num_classes), rel=0.05)
+
+
+def test_the_small_network_draws_its_weights_as_it_always_has() -> None:
+    torch.manual_seed(5)
+    network = build_network(ModelConfig(channels=[8, 16]), 3, spec_of(16, 16))
+    torch.manual_seed(5)
+    convolutions = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(8, 16, 3, padding=1, bias=False)]
+    last = nn.Linear(16, 3)
+    for convolution in convolutions:
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.normal_(last.weight, std=0.01)
+    weights = {
+        "features.0.weight": convolutions[0].weight,
+        "features.4.weight": convolutions[1].weight,
+        "classifier.2.weight": last.weight,
+    }
+    for name, weight in weights.items():
+        assert torch.equal(network.get_parameter(name), weight), name
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_with_the_class_shares_as_last_bias_the_first_loss_is_their_entropy(independent: bool) -> None:
+    shares = [0.7, 0.2, 0.1]
+    torch.manual_seed(0)
+    config = ModelConfig(channels=[8], prior_bias=True)
+    network = build_network(config, 3, spec_of(16, 16), shares, independent=independent).eval()
+    with torch.no_grad():
+        logits = network(images_of(100))
+    if independent:
+        labels = torch.tensor([[row < 100 * share for share in shares] for row in range(100)]).float()  # (N, K)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        entropy = sum(-p * math.log(p) - (1 - p) * math.log(1 - p) for p in shares) / 3
+    else:
+        loss = sample_losses(logits, torch.tensor([0] * 70 + [1] * 20 + [2] * 10)).mean()
+        entropy = -sum(p * math.log(p) for p in shares)
+    # The last layer's weights of 0.01 move the logits by hundredths.
+    assert float(loss) == pytest.approx(entropy, rel=0.03)
+
+
+def test_one_output_starts_at_the_share_of_the_second_class() -> None:
+    config = ModelConfig(channels=[8], prior_bias=True)
+    network = build_network(config, 1, spec_of(16, 16), [0.8, 0.2])
+    assert network.get_parameter("classifier.2.bias").sigmoid().tolist() == pytest.approx([0.2])
+    assert (
+        network.get_parameter("classifier.2.bias").tolist()
+        != build_network(ModelConfig(channels=[8]), 1, spec_of(16, 16), [0.8, 0.2]).get_parameter("classifier.2.bias").tolist()
+    )
+    with pytest.raises(ConfigError, match=r"`model\.prior_bias`: 2 class shares for 3 outputs"):
+        build_network(config, 3, spec_of(16, 16), [0.8, 0.2])
 
 
 def test_one_seed_gives_one_network() -> None:
