@@ -110,6 +110,6 @@ def test_a_setting_that_the_network_does_not_have_is_refused(settings: dict[str,
 
 
 def test_regularisation_may_be_switched_off_for_any_network() -> None:
-    off = {"dropout": 0.0, "feature_dropout": 0.0, "stochastic_depth": 0.0, "zero_init_residual": False}
+    off: dict[str, Any] = {"dropout": 0.0, "feature_dropout": 0.0, "stochastic_depth": 0.0, "zero_init_residual": False}
     for name in [*FAMILIES, "torchvision:resnet18"]:
         require_options(ModelConfig(name=name, **off))

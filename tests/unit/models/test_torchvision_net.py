@@ -62,7 +62,7 @@ def test_stochastic_depth_is_scaled_or_refused() -> None:
 
     def largest(p: float | None) -> float:
         network = on_meta(ModelConfig(name="torchvision:convnext_tiny", stochastic_depth=p), 5)
-        return max(module.p for module in network.modules() if isinstance(module, StochasticDepth))
+        return max(float(module.p) for module in network.modules() if isinstance(module, StochasticDepth))
 
     assert (largest(None), largest(0.4), largest(0.0)) == pytest.approx((0.1, 0.4, 0.0))
     with pytest.raises(ConfigError, match="resnet18 has no residual branches that can be dropped"):
