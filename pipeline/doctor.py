@@ -77,7 +77,9 @@ class Patient:
         """Parameters of the network, 0 where no data set says how many classes it has."""
         if self.manifest is None:
             return 0
-        return count_parameters(network_for(self.config, self.manifest, spec_for(self.config, self.manifest), pretrained=False))
+        with torch.device("meta"):
+            network = network_for(self.config, self.manifest, spec_for(self.config, self.manifest), pretrained=False)
+        return count_parameters(network)
 
 
 Check = Callable[[Patient], Finding]

@@ -16,7 +16,7 @@ from pipeline.config import Config, ModelConfig, PreprocessConfig
 from pipeline.errors import ConfigError, ModelError, nearest
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, ImageStats
-from pipeline.preprocess import WHITE, PreprocessSpec, build_spec, normalization_numbers, spec_from_dict
+from pipeline.preprocess import PRESETS, WHITE, PreprocessSpec, build_spec, normalization_numbers, spec_from_dict
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 TORCHVISION = "torchvision:"
 # Networks of ours that have torchvision's layout, and so its weights.
 OF_TORCHVISION = ("alexnet", "vgg11", "vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50")
+# torchvision hands these images of ImageNet's normalisation, which they turn into Inception's inside (`transform_input`).
+INSIDE = ("googlenet", "inception_v3")
 FILE_SUFFIXES = (".pth", ".pt", ".ckpt")
 HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,})\.")
 DOWNLOAD_WAIT_SECONDS = 1800.0
@@ -57,7 +59,11 @@ def brought_spec(model: ModelConfig) -> PreprocessSpec | None:
     if model.weights is None:
         return None
     if not is_file_name(model.weights):
-        return _spec_of_transforms(_named_weights(model).transforms(), model.weights)
+        spec = _spec_of_transforms(_named_weights(model).transforms(), model.weights)
+        if torchvision_name(model) in INSIDE:
+            mean, std = PRESETS["inception"]
+            return dataclasses.replace(spec, mean=list(mean), std=list(std))
+        return spec
     facts = _facts_of(_existing(model.weights))
     if facts is None or "preprocess" not in facts:
         return None

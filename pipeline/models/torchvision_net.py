@@ -10,8 +10,7 @@ from pipeline.errors import ConfigError, nearest
 from pipeline.models.blocks import Parts
 from pipeline.pretraining import torchvision_name, torchvision_names
 
-# Their auxiliary outputs make them return tuples in training. Weights of torchvision expect the images of ImageNet's
-# normalisation and change it to their own inside the network.
+# Their auxiliary outputs make them return tuples in training.
 WITH_AUXILIARY = ("googlenet", "inception_v3")
 
 
@@ -25,7 +24,8 @@ def build_torchvision(config: ModelConfig, num_outputs: int, _size: tuple[int, i
         raise ConfigError(f"`model.name`: torchvision has no classification model '{name}'.{suggestion}")
     options: dict[str, Any] = {}
     if name in WITH_AUXILIARY:
-        options = {"aux_logits": False, "init_weights": True, "transform_input": config.weights is not None}
+        # The normalisation of their weights is Inception's (`pipeline.pretraining`), so nothing is left to transform.
+        options = {"aux_logits": False, "init_weights": True, "transform_input": False}
     body = _without_weights(name, options)
     _set_dropout(body, config)
     _set_stochastic_depth(body, config)

@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import ModelConfig
+from pipeline.config import Config, ModelConfig
 from pipeline.errors import ConfigError
+from pipeline.manifest import DatasetManifest
 from pipeline.models.blocks import GlobalAveragePool
 from pipeline.models.normalize import Normalize
-from pipeline.models.sequential import build_network, count_parameters, require_forward
+from pipeline.models.sequential import build_network, count_parameters, require_forward, summarise
+from pipeline.preprocess import PreprocessSpec
 from pipeline.task import sample_losses
 from tests.unit.models.given import images_of, spec_of
 
 Norm = Literal["batch", "group", "none"]
+NORMS: list[Norm] = ["batch", "group", "none"]
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def test_a_network_reads_normalize_features_classifier() -> None:
     ]
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("convs_per_stage", [1, 2])
 def test_images_become_one_logit_a_class(norm: Norm, convs_per_stage: int) -> None:
     config = ModelConfig(channels=[8, 16, 24], convs_per_stage=convs_per_stage, norm=norm)
@@ -73,7 +76,7 @@ def test_channels_must_be_positive_numbers(channels: list[int]) -> None:
         build_network(ModelConfig(channels=channels), 2, spec_of(16, 16))
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
 def test_a_fresh_network_guesses(norm: Norm, num_classes: int) -> None:
     torch.manual_seed(0)
@@ -134,6 +137,16 @@ def test_one_output_starts_at_the_share_of_the_second_class() -> None:
         build_network(config, 3, spec_of(16, 16), [0.8, 0.2])
 
 
+def test_the_table_of_a_run_needs_no_weights(
+    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec
+) -> None:
+    state = torch.get_rng_state()
+    rows = summarise(tiny_config, tiny_dataset, tiny_spec)
+    assert rows[1] == ["features.0", "Conv2d 3 8 3x3 1x1", "8 x 16 x 16", "216", "55,296"]
+    assert rows[-1][0] == "total"
+    assert torch.equal(torch.get_rng_state(), state), "a run's weights are those of its seed all the same"
+
+
 def test_one_seed_gives_one_network() -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -162,16 +175,26 @@ def test_only_trainable_numbers_are_counted() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("norm", ["batch", "group", "none"])
-def test_a_gpu_gives_the_same_gradients_twice(norm: Norm, deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(ModelConfig(channels=[16, 32], norm=norm) for norm in NORMS),
+        ModelConfig(name="plain_cnn", channels=[16, 32], feature_dropout=0.1),
+        ModelConfig(name="alexnet", width=0.25),
+        ModelConfig(name="resnet18", width=0.25, stochastic_depth=0.2),
+    ],
+    ids=lambda config: f"{config.name}-{config.norm}",
+)
+def test_a_gpu_gives_the_same_gradients_twice(
+    config: ModelConfig, deterministic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     def gradients() -> list[torch.Tensor]:
         torch.manual_seed(0)
-        config = ModelConfig(channels=[16, 32], norm=norm)
-        network = build_network(config, 5, spec_of(32, 32)).cuda()
+        network = build_network(config, 5, spec_of(96, 96)).cuda()
         torch.manual_seed(1)  # dropout
-        loss = sample_losses(network(images_of(64, 32, 32).cuda()), torch.arange(64, device="cuda") % 5).mean()
+        loss = sample_losses(network(images_of(64, 96, 96).cuda()), torch.arange(64, device="cuda") % 5).mean()
         return list(torch.autograd.grad(loss, list(network.parameters())))
 
     first, second = gradients(), gradients()

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,11 @@ from torch import nn
 
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
+from pipeline.models.normalize import Normalize
 from pipeline.models.sequential import build_network
 from pipeline.models.shapes import describe_network
+from pipeline.preprocess import PreprocessSpec
+from pipeline.pretraining import brought_spec
 from tests.unit.models.given import images_of, on_meta, spec_of
 from tests.unit.models.test_classics import save_random_weights
 
@@ -43,6 +47,27 @@ def test_its_weights_give_its_logits(name: str, tmp_path: Path) -> None:
         logits = for_others(images)  # (N, 5)
         assert torch.equal(for_others[:2](images), ours[:2](images)), "the body is the pretrained one"
     assert logits.shape == (2, 5)
+
+
+def test_googlenet_is_fed_what_torchvision_makes_of_its_images_inside(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.googlenet(weights=None, init_weights=False, transform_input=True).eval()
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    config = ModelConfig(name="torchvision:googlenet", weights="DEFAULT")
+    spec = brought_spec(config)
+    assert spec is not None and (spec.mean, spec.std) == ([0.5] * 3, [0.5] * 3)
+    from_file = dataclasses.replace(config, weights=str(tmp_path / "weights.pth"))
+    ours = build_network(from_file, 1000, dataclasses.replace(spec, crop=[64, 64])).eval()
+    images = images_of(2, 64, 64)
+    with torch.no_grad():
+        expected = theirs(Normalize(torchvision_spec(spec))(images))
+        # The same normalisation in another order of operations, through 22 layers: logits are about 1.
+        torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-4)
+
+
+def torchvision_spec(spec: PreprocessSpec) -> PreprocessSpec:
+    """What torchvision's transforms normalise by, for every classification model."""
+    return dataclasses.replace(spec, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
 def test_the_dropout_is_the_networks_own_unless_said() -> None:
