@@ -20,8 +20,9 @@ from pipeline.console import closing_box, say, show_table
 from pipeline.errors import ConfigError, DataError, RunError, ShardlineError, explain_os_error, nearest
 from pipeline.files import locked
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset, read_manifest
+from pipeline.pretraining import spec_for
 from pipeline.remote import is_url
-from pipeline.run import CONFIG_NAME, RunRecord, Stage, open_run, require_run
+from pipeline.run import CONFIG_NAME, RunRecord, Stage, open_run, require_run, wanted_identity
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -356,6 +357,7 @@ def check(argv: list[str]) -> int:
         require_known_checks(config.check.skip)
         require_trainable(config, manifest, world_size=1)
         record, spec = open_run(config, manifest)
+        _show_network(config, manifest)
         require_green(run_checks(config, manifest, spec))
         outputs = [config.run_dir / VERDICTS, config.run_dir / PICTURE]
         record.finish_stage("check", record.inputs_of("check", config, manifest.evaluation_split), outputs)
@@ -384,6 +386,8 @@ def train(argv: list[str]) -> int:
             open_run(config, manifest, fresh=options.fresh, allow_changes=options.allow_changes)
         elif options.fresh:
             raise ConfigError("`--fresh` is for one machine: every restart of a job would start anew. Choose another --name.")
+        if launch.is_first_node():
+            _show_network(config, manifest)
         code = launch.launch(["train", *_without_fresh(argv)], config.run_dir, processes)
         if code or not launch.is_first_node():
             return code
@@ -403,6 +407,13 @@ def _front_door(config: Config) -> Iterator[None]:
     """Keep a second job of this machine out of RUN. Of several machines, rank 0 keeps others out (`fit`)."""
     with locked(config.run_dir) if launch.num_nodes() == 1 else contextlib.nullcontext():
         yield
+
+
+def _show_network(config: Config, manifest: DatasetManifest) -> None:
+    from pipeline.models.sequential import summarise
+    from pipeline.models.shapes import COLUMNS
+
+    show_table(COLUMNS, summarise(config, manifest, spec_for(config, manifest)))
 
 
 def _train_rank(config: Config, allow_changes: bool) -> None:
@@ -498,9 +509,8 @@ def replay(argv: list[str]) -> int:
             f"{record.data_digest[:12]}. Put that one back to replay its steps."
         )
     from pipeline.data.replay import draw_step, replay_step
-    from pipeline.preprocess import spec_for
 
-    replayed = replay_step(config, manifest, spec_for(config.preprocess, manifest), options.step)
+    replayed = replay_step(config, manifest, spec_for(config, manifest), options.step)
     paths = draw_step(replayed, run_dir)
     say(f"{'row':>5} {'index':>8}  {'label':<16} {'shard':<20} key")
     for row, sample in enumerate(replayed.samples):
@@ -513,11 +523,8 @@ def replay(argv: list[str]) -> int:
 
 def _is_done(stage: Stage, config: Config, manifest: DatasetManifest) -> bool:
     """Whether the run of exactly this configuration and data has this stage behind it."""
-    from pipeline.preprocess import spec_for
-
     record = RunRecord.load(config.run_dir)
-    wanted = (config.identity(), manifest.digest, spec_for(config.preprocess, manifest).hash())
-    if record is None or record.identity != wanted:
+    if record is None or record.identity != wanted_identity(config, manifest, spec_for(config, manifest)):
         return False
     return record.stage_is_done(stage, record.inputs_of(stage, config, manifest.evaluation_split))
 

@@ -24,6 +24,8 @@ if typing.TYPE_CHECKING:
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Normalization = Literal["dataset", "imagenet", "kinetics", "clip", "inception", "none"]
+Norm = Literal["batch", "group", "none"]
+Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu"]
 
 
 def setting(default: Any, help: str, identity: bool = True) -> Any:
@@ -62,11 +64,15 @@ class DatasetConfig:
 class PreprocessConfig:
     """From an encoded image to the uint8 (H, W, 3) that the network takes; becomes the model's PreprocessSpec."""
 
-    resize: int | list[int] | None = setting(None, "shortest side in pixels, or [height, width]; null keeps the size")
-    crop: list[int] | None = setting(None, "central crop [height, width] after the resize; null for none")
-    interpolation: Interpolation = setting("bilinear", "filter of the resize")
-    antialias: bool = setting(True, "filter before shrinking")
-    normalization: Normalization = setting("dataset", "statistics of the training split, a preset's, or none")
+    resize: int | list[int] | None = setting(
+        None, "shortest side in pixels, or [height, width]; null: as the weights' pretraining did, else the size is kept"
+    )
+    crop: list[int] | None = setting(None, "central crop [height, width] after the resize; null: as the weights', else none")
+    interpolation: Interpolation | None = setting(None, "filter of the resize; null: as the weights', else bilinear")
+    antialias: bool | None = setting(None, "filter before shrinking; null: as the weights', else true")
+    normalization: Normalization | None = setting(
+        None, "statistics of the training split, a preset's, or none; null: as the weights', else dataset"
+    )
 
 
 @dataclass(frozen=True)
@@ -126,12 +132,34 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A plain convolutional network as one nn.Sequential."""
+    """A convolutional network as one nn.Sequential, by name or as a list of blocks. Null is the named network's own value."""
 
-    channels: list[int] = setting([32, 64, 128], "channels of each stage; every stage halves the image")
-    convs_per_stage: int = setting(1, "convolutions in each stage")
-    norm: Literal["batch", "group", "none"] = setting("batch", "normalisation after each convolution")
-    dropout: float = setting(0.2, "dropout probability in the classifier")
+    name: str = setting(
+        "small_cnn",
+        "simple_net small_cnn plain_cnn alexnet vgg11 vgg13 vgg16 vgg19 resnet18 resnet34 resnet50, "
+        "or torchvision:NAME for any classification model of torchvision",
+    )
+    blocks: list[dict[str, Any]] = setting(
+        [], "a network of one's own instead of a name: [{conv: 32}, {pool: 2}, {residual: 64, stride: 2}, {dropout: 0.1}]"
+    )
+    channels: list[int] = setting([32, 64, 128], "small_cnn, plain_cnn: channels of each stage; every stage halves the image")
+    convs_per_stage: int = setting(1, "small_cnn, plain_cnn: convolutions in each stage")
+    hidden: list[int] = setting([84, 50], "simple_net: outputs of each hidden layer")
+    width: float = setting(1.0, "factor on the channels of every layer")
+    norm: Norm | None = setting(None, "normalisation after each convolution; null: batch, but none in alexnet and vgg")
+    activation: Activation | None = setting(None, "after each layer; null: relu")
+    dropout: float | None = setting(None, "dropout probability in the classifier; null: 0.2, but 0.5 in alexnet and vgg")
+    feature_dropout: float = setting(0.0, "probability that a channel is dropped after a stage or block of the features")
+    stochastic_depth: float | None = setting(
+        None, "probability that the last residual block is left out for a sample, falling to 0 towards the first; null: 0"
+    )
+    zero_init_residual: bool = setting(True, "residual blocks start as the identity: their last normalisation scales by 0")
+    prior_bias: bool = setting(False, "the last bias starts at the training split's class shares instead of 0")
+    weights: str | None = setting(
+        None, "pretrained weights: a state_dict (.pth, .pt), a checkpoint of Shardline, or torchvision's name, e.g. DEFAULT"
+    )
+    freeze: list[str] = setting([], "parts that do not train, by the beginning of their parameters' names: [features]")
+    unfreeze: dict[str, int] = setting({}, "parts that train from an epoch on, counted from 0: {features.10: 3}")
 
 
 @dataclass(frozen=True)
@@ -421,7 +449,9 @@ def one_line(error: Exception) -> str:
     """The gist of a parser's message, which can run over many lines."""
     text = " ".join(str(error).split()).removesuffix(".")
     text = re.sub(r'^Parser key "([^"]*)":', r"`\1`:", text)
-    return re.sub(r"<class '(\w+)'>", r"\1", text)[:400] + ". See `shardline VERB --help`."
+    text = re.sub(r"Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: (.*)$", r"Expected \1. Got value: \2", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    return text.replace(", NoneType", " or null").replace("typing.Literal", "one of ")[:400] + ". See `shardline VERB --help`."
 
 
 def require_known_options(parser: "ArgumentParser", argv: list[str]) -> None:
@@ -503,7 +533,10 @@ RANGES = {
     "data.augment.mixup": Range(0),
     "data.augment.cutmix": Range(0),
     "model.convs_per_stage": COUNT,
+    "model.width": POSITIVE,
     "model.dropout": SHARE,
+    "model.feature_dropout": SHARE,
+    "model.stochastic_depth": SHARE,
     "optimizer.lr": POSITIVE,
     "trainer.max_epochs": COUNT,
     "trainer.gradient_clip_norm": POSITIVE,

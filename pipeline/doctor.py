@@ -33,8 +33,8 @@ from pipeline.data.order import local_batch_size
 from pipeline.errors import GateError, ShardlineError
 from pipeline.files import locked, sha256_of, write_json
 from pipeline.manifest import DatasetManifest, load_dataset
-from pipeline.models.sequential import build_network, count_parameters
-from pipeline.preprocess import spec_for
+from pipeline.models.sequential import count_parameters, network_for
+from pipeline.pretraining import spec_for
 from pipeline.remote import is_url
 
 Grade = Literal["green", "yellow", "red", "skipped"]
@@ -78,8 +78,9 @@ class Patient:
         """Parameters of the network, 0 where no data set says how many classes it has."""
         if self.manifest is None:
             return 0
-        spec = spec_for(self.config.preprocess, self.manifest)
-        return count_parameters(build_network(self.config.model, len(self.manifest.class_names), spec))
+        with torch.device("meta"):
+            network = network_for(self.config, self.manifest, spec_for(self.config, self.manifest), pretrained=False)
+        return count_parameters(network)
 
 
 Check = Callable[[Patient], Finding]
@@ -201,7 +202,7 @@ def _shared_memory(patient: Patient) -> Finding:
         return Finding("green", f"{_size(free)} free; without loader processes none is needed")
     if patient.manifest is None:
         return NO_DATA_SET
-    size = spec_for(patient.config.preprocess, patient.manifest).fixed_size
+    size = spec_for(patient.config, patient.manifest).fixed_size
     assert size is not None
     batch = local_batch_size(data.micro_batch_size, distributed.world_size()) * 3 * size[0] * size[1]
     needed = distributed.local_world_size() * data.num_workers * (data.prefetch_factor + 1) * batch
@@ -262,7 +263,7 @@ def _data_set(patient: Patient) -> Finding:
     config = patient.config
     began, seen = time.monotonic(), 0
     manifest = patient.manifest or load_dataset(config.dataset_location, config.data.cache_folder)
-    spec = spec_for(config.preprocess, manifest)
+    spec = spec_for(config, manifest)
     for name, split in manifest.splits.items():
         if name not in manifest.streams:
             dataset = ShardDataset(manifest, name, spec, config=config.data)

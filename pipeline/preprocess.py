@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from pipeline.config import Interpolation, PreprocessConfig
+from pipeline.config import Interpolation, Normalization, PreprocessConfig
 from pipeline.errors import ConfigError, DataError, ModelError
 from pipeline.files import digest_of
-from pipeline.manifest import DatasetManifest, ImageStats
+from pipeline.manifest import ImageStats
 
 Pixels = npt.NDArray[np.uint8]
 # Pillow opens only these, so that a stray PostScript or video file never reaches a decoder.
@@ -54,7 +54,8 @@ class PreprocessSpec:
     antialias: bool
     mean: list[float]
     std: list[float]
-    resize_mode: Literal["shortest", "exact"]
+    # `torchvision` is `shortest` with its rounding: the longer side is cut off, a central crop rounds halves to even.
+    resize_mode: Literal["shortest", "exact", "torchvision"]
     # Transparent images are composited on white, in shards and in serving alike.
     background: tuple[int, int, int] = WHITE
     exif: bool = True
@@ -76,28 +77,27 @@ class PreprocessSpec:
         return None
 
 
-def spec_for(config: PreprocessConfig, manifest: DatasetManifest) -> PreprocessSpec:
-    """The preprocessing of a model of this data set: its statistics, and the background that its images were laid on."""
-    red, green, blue = manifest.preparation.get("background", WHITE)
-    return dataclasses.replace(build_spec(config, manifest.image_stats), background=(red, green, blue))
-
-
 def build_spec(config: PreprocessConfig, stats: ImageStats) -> PreprocessSpec:
-    """Complete the configuration with the normalisation's numbers. Raises ConfigError for sizes that cannot work."""
+    """The preprocessing of a network without pretraining, which may raise ConfigError for sizes that cannot work.
+
+    `pipeline.pretraining.spec_for` gives that of a run, whose weights may bring their own.
+    """
     for key, sides in (("resize", config.resize), ("crop", config.crop)):
         values = sides if isinstance(sides, list) else [] if sides is None else [sides]
         if any(side <= 0 for side in values) or (isinstance(sides, list) and len(sides) != 2):
             raise ConfigError(f"`preprocess.{key}` is {sides}; it must be positive, [height, width] when a list.")
-    if config.interpolation == "lanczos" and not config.antialias:
+    interpolation = config.interpolation or "bilinear"
+    antialias = config.antialias is not False
+    if interpolation == "lanczos" and not antialias:
         raise ConfigError("`preprocess.antialias: false` has no lanczos filter. Use bilinear or bicubic, or antialias.")
-    mean, std = (stats.mean, stats.std) if config.normalization == "dataset" else PRESETS[config.normalization]
+    mean, std = normalization_numbers(config.normalization or "dataset", stats)
     spec = PreprocessSpec(
         resize=config.resize,
         crop=config.crop,
-        interpolation=config.interpolation,
-        antialias=config.antialias,
-        mean=list(mean),
-        std=list(std),
+        interpolation=interpolation,
+        antialias=antialias,
+        mean=mean,
+        std=std,
         resize_mode="exact" if isinstance(config.resize, list) else "shortest",
     )
     if spec.fixed_size is None:
@@ -106,6 +106,12 @@ def build_spec(config: PreprocessConfig, stats: ImageStats) -> PreprocessSpec:
             "Give `preprocess.crop: [height, width]`, or a `preprocess.resize` of that form."
         )
     return spec
+
+
+def normalization_numbers(name: Normalization, stats: ImageStats) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of RGB, pixels scaled to 0..1, that a preset or the data set's statistics stand for."""
+    mean, std = (stats.mean, stats.std) if name == "dataset" else PRESETS[name]
+    return list(mean), list(std)
 
 
 def spec_from_dict(values: dict[str, Any]) -> PreprocessSpec:
@@ -174,7 +180,7 @@ def decode_image(encoded: bytes, spec: PreprocessSpec) -> Pixels:
     if spec.resize is not None:
         image = _resize(image, spec)
     if spec.crop is not None:
-        image = _center_crop(image, spec.crop, spec.background)
+        image = _center_crop(image, spec.crop, spec)
     return np.asarray(image)  # (H, W, 3)
 
 
@@ -184,7 +190,8 @@ def _resize(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
     else:
         assert spec.resize is not None
         shortest = min(image.size)
-        width, height = (max(1, round(side * spec.resize / shortest)) for side in image.size)
+        whole = int if spec.resize_mode == "torchvision" else round
+        width, height = (max(1, whole(side * spec.resize / shortest)) for side in image.size)
     if image.size == (width, height):
         return image
     if spec.antialias or spec.interpolation == "nearest":
@@ -194,11 +201,13 @@ def _resize(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
     return image.transform((width, height), Image.Transform.EXTENT, box, resample=FILTERS[spec.interpolation])
 
 
-def _center_crop(image: Image.Image, crop: list[int], background: tuple[int, int, int]) -> Image.Image:
+def _center_crop(image: Image.Image, crop: list[int], spec: PreprocessSpec) -> Image.Image:
     height, width = crop
     if image.width < width or image.height < height:
-        canvas = Image.new("RGB", (max(width, image.width), max(height, image.height)), background)
+        canvas = Image.new("RGB", (max(width, image.width), max(height, image.height)), spec.background)
         canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
         image = canvas
     left, top = (image.width - width) // 2, (image.height - height) // 2
+    if spec.resize_mode == "torchvision":
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))

@@ -17,7 +17,8 @@ from pipeline.console import say
 from pipeline.errors import RunError
 from pipeline.files import digest_of, move_aside, sha256_of, write_bytes, write_json
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest, read_versioned_json
-from pipeline.preprocess import PreprocessSpec, spec_for
+from pipeline.preprocess import PreprocessSpec
+from pipeline.pretraining import spec_for, weights_sha256
 
 RUN_NAME = "run.json"
 CONFIG_NAME = "config.yaml"
@@ -37,6 +38,7 @@ class RunRecord:
     data_digest: str
     preprocess_hash: str
     git: dict[str, Any]
+    weights_sha256: str | None = None  # of the file of pretrained weights
     mlflow: dict[str, str | None] = field(default_factory=lambda: {"uri": None, "experiment": None, "run_id": None})
     world_size: int | None = None
     outcome: Outcome = "running"
@@ -125,13 +127,14 @@ def open_run(
     and is not finished is not: raises RunError with what changed, unless `allow_changes`, which goes on with it. The caller
     holds RUN's lock.
     """
-    spec = spec_for(config.preprocess, manifest)
-    wanted = (config.identity(), manifest.digest, spec.hash())
+    spec = spec_for(config, manifest)
+    wanted = wanted_identity(config, manifest, spec)
     record = RunRecord.load(config.run_dir)
     if record is not None and record.identity != wanted and not fresh:
         if allow_changes:
             record.earlier.append(list(record.identity))
             record.config_digest, record.data_digest, record.preprocess_hash = wanted
+            record.weights_sha256 = weights_sha256(config.model)
             record.outcome, record.stages = "running", {}
             record.save()
         elif record.outcome != "done" and any((config.run_dir / LAST.parent).glob("step-*.ckpt")):
@@ -149,6 +152,7 @@ def open_run(
         raise RunError(f"{config.run_dir}: is not a run (no {RUN_NAME}) and not empty. Choose another --name.")
     if record is None:
         record = RunRecord(config.name, uuid.uuid4().hex, *wanted, git=git_state(), folder=config.run_dir)
+        record.weights_sha256 = weights_sha256(config.model)
         record.save()
     save_config(config)
     return record, spec
@@ -161,15 +165,22 @@ def _is_somebodys(path: Path) -> bool:
 
 def require_run(config: Config, manifest: DatasetManifest) -> tuple[RunRecord, PreprocessSpec]:
     """Return the record of this configuration's run on this data, and its preprocessing. Raises RunError for another's."""
-    spec = spec_for(config.preprocess, manifest)
+    spec = spec_for(config, manifest)
     record = RunRecord.require(config.run_dir)
-    wanted = (config.identity(), manifest.digest, spec.hash())
+    wanted = wanted_identity(config, manifest, spec)
     if record.identity != wanted:
         raise RunError(
             f"{config.run_dir}: {_what_changed(record.identity, wanted)} since this run was trained. "
             "Run `shardline train` with the same arguments first."
         )
     return record, spec
+
+
+def wanted_identity(config: Config, manifest: DatasetManifest, spec: PreprocessSpec) -> tuple[str, str, str]:
+    """What the run of this configuration, its pretrained weights and this data set is called in run.json and checkpoints."""
+    weights = weights_sha256(config.model)
+    settings = config.identity() if weights is None else digest_of([config.identity(), weights])
+    return settings, manifest.digest, spec.hash()
 
 
 def _what_changed(found: tuple[str, ...], wanted: tuple[str, ...]) -> str:
@@ -181,6 +192,9 @@ def _what_changed(found: tuple[str, ...], wanted: tuple[str, ...]) -> str:
 def _differences(config: Config, record: RunRecord, wanted: tuple[str, ...]) -> str:
     """What the run was made with and what is asked for now, setting by setting."""
     lines = changed_settings(config.run_dir / CONFIG_NAME, config)
+    weights = weights_sha256(config.model)
+    if record.weights_sha256 != weights:
+        lines.append(f"weights {(record.weights_sha256 or 'none')[:12]} -> {(weights or 'none')[:12]}")
     if record.data_digest != wanted[1]:
         lines.append(f"data set {record.data_digest[:12]} -> {wanted[1][:12]}")
     if record.preprocess_hash != wanted[2]:

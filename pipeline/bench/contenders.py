@@ -33,14 +33,14 @@ def ours(material: Material) -> Iterator[torch.Tensor]:
     from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
     from pipeline.data.datamodule import ShardDataModule
     from pipeline.manifest import load_dataset
-    from pipeline.preprocess import spec_for
+    from pipeline.preprocess import build_spec
 
     manifest = load_dataset(material.dataset)
     augment = AugmentConfig(crop_scale=0.08, horizontal_flip=0.5)
     config = DataConfig(
         global_batch_size=BATCH_SIZE, num_workers=material.num_workers, start_method=START_METHOD, augment=augment
     )
-    spec = spec_for(PreprocessConfig(resize=256, crop=[SIZE, SIZE]), manifest)
+    spec = build_spec(PreprocessConfig(resize=256, crop=[SIZE, SIZE]), manifest.image_stats)
     for batch in ShardDataModule(manifest, spec, config, seed=0).train_dataloader():
         yield batch["image"]
 

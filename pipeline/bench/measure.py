@@ -68,7 +68,7 @@ def measure_read(name: str, dataset: str) -> Figures:
     from pipeline.data.dataset import ShardDataset
     from pipeline.data.order import GlobalBatchSampler
     from pipeline.manifest import load_dataset
-    from pipeline.preprocess import spec_for
+    from pipeline.preprocess import build_spec
 
     manifest = load_dataset(Path(dataset))
     if name == "webdataset":
@@ -78,7 +78,7 @@ def measure_read(name: str, dataset: str) -> Figures:
         begun = time.perf_counter()
         number = sum(1 for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False) if sample["jpg"])
         return {"samples": number, "seconds": time.perf_counter() - begun}
-    reader = ShardDataset(manifest, "train", spec_for(PreprocessConfig(resize=256, crop=[224, 224]), manifest))
+    reader = ShardDataset(manifest, "train", build_spec(PreprocessConfig(resize=256, crop=[224, 224]), manifest.image_stats))
     batches = GlobalBatchSampler.of_training(reader.shards, DataConfig(drop_last=False), seed=0)
     begun = time.perf_counter()
     number = sum(1 for refs in batches for ref in refs if ref.weight and reader.encoded(ref.sample_index))
@@ -94,12 +94,12 @@ def measure_open(dataset: str, share: float) -> Figures:
     from pipeline.data.dataset import ShardDataset
     from pipeline.data.order import GlobalBatchSampler
     from pipeline.manifest import read_manifest
-    from pipeline.preprocess import spec_for
+    from pipeline.preprocess import build_spec
 
     np.argsort(torch.zeros(2).numpy())
     before, begun = resident_bytes(), time.perf_counter()
     manifest = read_manifest(Path(dataset))
-    data = ShardDataset(manifest, "train", spec_for(PreprocessConfig(resize=256, crop=[224, 224]), manifest))
+    data = ShardDataset(manifest, "train", build_spec(PreprocessConfig(resize=256, crop=[224, 224]), manifest.image_stats))
     batches = GlobalBatchSampler.of_training(data.shards, DataConfig(), seed=0)
     opened = time.perf_counter()
     batches.start = int(len(batches) * share)

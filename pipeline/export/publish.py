@@ -17,7 +17,7 @@ from pipeline.export.graph import export_graph, require_clean
 from pipeline.export.parity import Parity, compare, describe_failure
 from pipeline.files import move_aside, write_bytes, write_json
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
-from pipeline.models.sequential import build_network
+from pipeline.models.sequential import network_for
 from pipeline.preprocess import PreprocessSpec
 from pipeline.run import RunRecord
 from pipeline.tracking.run import open_tracker
@@ -30,7 +30,7 @@ REFUSED = Path("export/parity-refused.json")
 
 def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, record: RunRecord) -> Parity:
     """Export, lint, compare on the evaluation split and publish. Raises GateError and publishes nothing when one says no."""
-    network = build_network(config.model, len(manifest.class_names), spec)
+    network = network_for(config, manifest, spec, pretrained=False)
     network.load_state_dict(load_network_weights(record.best_checkpoint(), record))
     for path in (config.run_dir / MODEL, config.run_dir / PARITY):
         if path.is_file():

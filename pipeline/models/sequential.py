@@ -1,88 +1,77 @@
-"""A plain convolutional network, one nn.Sequential from normalisation to logits.
-
-Read it top to bottom: normalize, features (each stage: convolutions, then half the size), classifier (pool, dropout, linear).
-"""
+"""One nn.Sequential from the uint8 image to the logits: normalize, features, pool (where there is one), classifier."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from pipeline.config import ModelConfig
-from pipeline.errors import ConfigError
+from pipeline.config import Config, ModelConfig
+from pipeline.manifest import DatasetManifest
+from pipeline.models.freezing import require_known_prefixes
+from pipeline.models.initialise import head_of, initialise, initialise_head, set_prior_bias, start_as_identity
+from pipeline.models.named import family_of, require_options, with_defaults
 from pipeline.models.normalize import Normalize
+from pipeline.models.pretrained import load_pretrained
+from pipeline.models.shapes import describe_network, network_table
 from pipeline.preprocess import PreprocessSpec
 
-GROUPS = 8
+
+def network_for(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, *, pretrained: bool = True) -> nn.Sequential:
+    """The network of a run; `pretrained=False` where all of its weights come from a checkpoint anyway."""
+    train = manifest.split("train")
+    shares = [count / max(1, train.num_samples) for count in train.class_counts]
+    return build_network(
+        config.model,
+        len(manifest.class_names),
+        spec,
+        shares,
+        independent=manifest.task == "multi",
+        pretrained=pretrained,
+        class_names=manifest.class_names,
+    )
 
 
-class GlobalAveragePool(nn.Module):
-    """Features (N, C, H, W) -> (N, C). The backward of AdaptiveAvgPool2d has no deterministic form on a GPU; a mean's has."""
+def summarise(config: Config, manifest: DatasetManifest, spec: PreprocessSpec) -> list[list[str]]:
+    """The rows of the network's table, without drawing a single weight."""
+    with torch.device("meta"):
+        network = network_for(config, manifest, spec, pretrained=False)
+    return network_table(describe_network(network, spec))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the mean over height and width."""
-        return features.mean(dim=(2, 3))
 
-
-def build_network(config: ModelConfig, num_classes: int, spec: PreprocessSpec) -> nn.Sequential:
+def build_network(
+    config: ModelConfig,
+    num_outputs: int,
+    spec: PreprocessSpec,
+    prior: Sequence[float] | None = None,
+    *,
+    independent: bool = False,
+    pretrained: bool = True,
+    class_names: Sequence[str] | None = None,
+) -> nn.Sequential:
     """Return a network from uint8 images (N, 3, H, W) to logits (N, K), its weights drawn from torch's default generator.
 
-    Raises ConfigError when the image is too small for the number of stages, naming the stage.
+    `prior` are the class shares for `model.prior_bias`, `independent` says that each output is a yes or no of its own.
+    Raises ConfigError for settings that the network does not have, and for the first layer that cannot take its input.
     """
-    if not config.channels or min(config.channels) < 1:
-        raise ConfigError(f"`model.channels` is {config.channels}; it must be a list of positive numbers.")
-    _require_room(config, spec)
-    features: list[nn.Module] = []
-    in_channels = 3
-    for channels in config.channels:
-        for _ in range(config.convs_per_stage):
-            features.append(nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=config.norm == "none"))
-            features.extend(_norm(config.norm, channels))
-            features.append(nn.ReLU())
-            in_channels = channels
-        features.append(nn.MaxPool2d(2))
-    classifier = nn.Sequential(
-        GlobalAveragePool(),
-        nn.Dropout(config.dropout),
-        nn.Linear(in_channels, num_classes),
-    )
-    network = nn.Sequential(OrderedDict(normalize=Normalize(spec), features=nn.Sequential(*features), classifier=classifier))
-    initialise(network)
-    return network
-
-
-def _norm(kind: str, channels: int) -> list[nn.Module]:
-    if kind == "batch":
-        return [nn.BatchNorm2d(channels)]
-    if kind == "group":
-        if channels % GROUPS:
-            raise ConfigError(f"`model.channels` holds {channels}, which group norm cannot share among {GROUPS} groups.")
-        return [nn.GroupNorm(GROUPS, channels)]
-    return []
-
-
-def _require_room(config: ModelConfig, spec: PreprocessSpec) -> None:
     assert spec.fixed_size is not None
-    side = min(spec.fixed_size)
-    for stage in range(len(config.channels)):
-        if side < 2:
-            raise ConfigError(
-                f"`model.channels` has {len(config.channels)} stages, but a {spec.fixed_size[0]} x {spec.fixed_size[1]} "
-                f"image has nothing left to halve at stage {stage + 1}. Use at most {stage} stages or larger images."
-            )
-        side //= 2
-
-
-def initialise(network: nn.Module) -> None:
-    """He initialisation for convolutions; a small last layer, so that the first loss is that of a guess (ln K)."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.01)
-            nn.init.zeros_(module.bias)
+    require_options(config)
+    parts = family_of(config).build(with_defaults(config), num_outputs, spec.fixed_size)
+    children = OrderedDict(normalize=Normalize(spec), features=parts.features, pool=parts.pool, classifier=parts.classifier)
+    network = nn.Sequential(OrderedDict((name, child) for name, child in children.items() if child is not None))
+    head = head_of(network)[1]
+    if parts.initialised:
+        initialise_head(head)
+    else:
+        initialise(network, head)
+    if config.zero_init_residual:
+        start_as_identity(network)
+    if config.prior_bias and prior is not None:
+        set_prior_bias(head, prior, independent=independent)
+    if config.weights is not None and pretrained:
+        load_pretrained(network, config, parts.rename, class_names)
+    require_known_prefixes(network, config)
+    return network
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -90,10 +79,6 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
-def require_forward(network: nn.Module, spec: PreprocessSpec) -> None:
-    """Push one empty image through, in evaluation mode, so that a shape error is found before any rank starts."""
-    assert spec.fixed_size is not None
-    network.eval()
-    with torch.no_grad():
-        network(torch.zeros(1, 3, *spec.fixed_size, dtype=torch.uint8))
-    network.train()
+def require_forward(network: nn.Sequential, spec: PreprocessSpec) -> None:
+    """Let every layer say what it makes of an image, so that a shape error is found, by name, before any rank starts."""
+    describe_network(network, spec)

@@ -5,6 +5,7 @@ and only then is an older checkpoint removed, so that a kill between any two lea
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import time
@@ -21,6 +22,7 @@ from lightning.fabric.utilities.types import _PATH
 from pipeline.config import Config
 from pipeline.files import publish, temporary_name, write_bytes
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
+from pipeline.pretraining import spec_for
 from pipeline.run import BEST, LAST
 from pipeline.training.checkpoint import checkpoint_path, checkpoints_in, checksum_path, step_of
 from pipeline.training.classifier import Classifier, ends_step, monitored
@@ -92,6 +94,7 @@ class CheckpointWriter(L.Callback):
     ) -> None:
         self.config, self.manifest, self.identity, self.folder = config, manifest, identity, folder
         self.lost = lost  # steps of checkpoints that were among the best and are damaged
+        self.spec = spec_for(config, manifest)
         self.ranking: list[list[float]] = []  # [value, step] of the best validations, the best first
         self.num_worse = 0  # validations since the best one
         self.saved_step = 0
@@ -205,6 +208,7 @@ class CheckpointWriter(L.Callback):
         checkpoint["shardline"] = {
             "format_version": FORMAT_VERSION,
             "config": self.config.as_dict(),
+            "preprocess": dataclasses.asdict(self.spec),
             "class_names": self.manifest.class_names,
             "task": self.manifest.task,
             "global_batch_size": self.config.data.global_batch_size,

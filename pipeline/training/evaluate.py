@@ -13,8 +13,8 @@ from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.dataset import ShardDataset
 from pipeline.files import write_bytes, write_json
 from pipeline.manifest import DatasetManifest, load_dataset
-from pipeline.models.sequential import build_network
-from pipeline.preprocess import spec_for
+from pipeline.models.sequential import network_for
+from pipeline.pretraining import spec_for
 from pipeline.run import RunRecord, require_run
 from pipeline.task import Metrics
 from pipeline.tracking.run import open_tracker
@@ -31,7 +31,7 @@ def evaluate(config: Config) -> None:
     distributed.join_group(timedelta(seconds=config.trainer.timeout_seconds))
     manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     record, spec = require_run(config, manifest)
-    network = build_network(config.model, len(manifest.class_names), spec)
+    network = network_for(config, manifest, spec, pretrained=False)
     network.load_state_dict(load_network_weights(record.best_checkpoint(), record))
     module = Classifier(network, config, len(manifest.class_names), total_steps=0)
     trainer = build_trainer(config, callbacks=[])
@@ -54,7 +54,7 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
         "data_digest": manifest.digest,
         "checkpoint_sha256": record.best["sha256"],
     }
-    dataset = ShardDataset(manifest, split, spec_for(config.preprocess, manifest), config=config.data)
+    dataset = ShardDataset(manifest, split, spec_for(config, manifest), config=config.data)
     write_bytes(config.run_dir / PREDICTIONS, _predictions_table(dataset, manifest.class_names, predictions))
     write_json(config.run_dir / RESULT, result)
     outputs = [config.run_dir / RESULT, config.run_dir / PREDICTIONS]

@@ -21,8 +21,9 @@ from pipeline.data.order import training_steps_per_epoch
 from pipeline.errors import RunError, StoppedError
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset
-from pipeline.models.sequential import build_network, count_parameters
-from pipeline.preprocess import PreprocessSpec, spec_for
+from pipeline.models.sequential import count_parameters, network_for
+from pipeline.preprocess import PreprocessSpec
+from pipeline.pretraining import spec_for
 from pipeline.run import RunRecord, open_run
 from pipeline.tracking.run import RunTracker, open_tracker
 from pipeline.training.bad_samples import BadSampleLedger
@@ -122,10 +123,10 @@ def _fit_rank(
 ) -> tuple[int, CheckpointWriter]:
     """Build everything, train to the end, and return the global step and what is known of the best. Rank 0 has the record."""
     identity, resume, before = _agree_on_start(config, record)
-    spec = spec_for(config.preprocess, manifest)
+    spec = spec_for(config, manifest)
     assert spec.fixed_size is not None
     L.seed_everything(config.seed, verbose=False)
-    network = build_network(config.model, len(manifest.class_names), spec)
+    network = network_for(config, manifest, spec)
     steps_per_epoch = training_steps_per_epoch(manifest, config.data)
     module = Classifier(network, config, len(manifest.class_names), total_steps=steps_per_epoch * config.trainer.max_epochs)
     writer = CheckpointWriter(config, manifest, identity, config.run_dir, before["lost"] if before else ())

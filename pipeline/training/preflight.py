@@ -11,8 +11,9 @@ from pipeline.data.mixing import require_mixable
 from pipeline.data.order import local_batch_size, training_steps_per_epoch
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DatasetManifest, require_labels
-from pipeline.models.sequential import build_network, require_forward
-from pipeline.preprocess import PreprocessSpec, spec_for
+from pipeline.models.sequential import network_for, require_forward
+from pipeline.preprocess import PreprocessSpec
+from pipeline.pretraining import spec_for
 from pipeline.task import require_supported
 from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
@@ -21,7 +22,7 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
     """Refuse, before any rank starts, everything that would make one fail. Raises ConfigError or DataError."""
     require_supported(manifest.task)
     require_room(manifest, config.data)
-    spec = spec_for(config.preprocess, manifest)
+    spec = spec_for(config, manifest)
     require_mixable(config.data.augment, local_batch_size(config.data.micro_batch_size, world_size))
     if "val" not in manifest.splits:
         raise DataError(
@@ -49,7 +50,7 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
             f"`trainer.timeout_seconds` ({config.trainer.timeout_seconds:g}) must be longer than `data.timeout_seconds` "
             f"({config.data.timeout_seconds:g}), or a slow loader is taken for a lost process."
         )
-    network = build_network(config.model, len(manifest.class_names), spec)
+    network = network_for(config, manifest, spec)
     require_forward(network, spec)
     length = scheduler_length(config.scheduler, batches * config.trainer.max_epochs, config.trainer.max_epochs)
     _require_steps(config, network, spec, length)

@@ -6,6 +6,7 @@ import lightning as L
 
 from pipeline.config import Config
 from pipeline.console import say
+from pipeline.models.named import with_defaults
 
 
 def say_what_differs(config: Config, before: dict[str, Any] | None, world_size: int) -> None:
@@ -13,9 +14,11 @@ def say_what_differs(config: Config, before: dict[str, Any] | None, world_size: 
     if before is None or before["world_size"] == world_size:
         return
     causes = ["the order of sums"]
-    if config.model.norm == "batch" and not config.trainer.sync_batchnorm:
+    model = with_defaults(config.model)
+    # A network of torchvision knows its own norm and dropout, which the configuration does not.
+    if model.norm in ("batch", None) and not config.trainer.sync_batchnorm:
         causes.append("BatchNorm, which sees each process's own part of a batch")
-    if config.model.dropout:
+    if model.dropout != 0 or model.feature_dropout or model.stochastic_depth:
         causes.append("dropout masks, which are drawn by process")
     say(
         f"going on with {world_size} processes after {before['world_size']}: the same samples and augmentation at every step; "

@@ -13,8 +13,8 @@ from PIL import Image
 
 from pipeline.config import PreprocessConfig
 from pipeline.errors import ConfigError, DataError, ModelError
-from pipeline.manifest import DatasetManifest, ImageStats
-from pipeline.preprocess import PreprocessSpec, build_spec, decode_image, spec_for, spec_from_dict
+from pipeline.manifest import ImageStats
+from pipeline.preprocess import PreprocessSpec, build_spec, decode_image, spec_from_dict
 
 Pixels = npt.NDArray[np.uint8]
 AS_STORED = PreprocessSpec(
@@ -332,11 +332,3 @@ def test_a_spec_knows_the_size_of_every_image_and_keeps_it(config: PreprocessCon
 def test_sizes_that_cannot_work_are_refused(config: PreprocessConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_spec(config, STATS)
-
-
-def test_a_model_lays_transparent_images_on_the_background_of_its_data_set(tiny_dataset: DatasetManifest) -> None:
-    config = PreprocessConfig(resize=[4, 4])
-    assert spec_for(config, tiny_dataset).background == (255, 255, 255)
-    black = dataclasses.replace(tiny_dataset, preparation={**tiny_dataset.preparation, "background": [0, 0, 0]})
-    assert spec_for(config, black).background == (0, 0, 0)
-    assert spec_for(config, black).hash() != spec_for(config, tiny_dataset).hash()

@@ -18,7 +18,7 @@ from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DatasetManifest, ShardEntry, load_dataset
-from pipeline.preprocess import PreprocessSpec, spec_for
+from pipeline.preprocess import PreprocessSpec, build_spec
 from tests.s3 import Faults, faulty_proxy
 from tests.web import web_server
 
@@ -216,7 +216,7 @@ def test_a_remote_data_set_gives_the_batches_of_the_local_one(
     manifest = load_dataset(published, config.cache_folder)
     assert (manifest.digest, manifest.url) == (tiny_dataset.digest, published)
     assert not [path for path, _ in faults.log if path.endswith(".tar")]  # training starts before shards have come
-    spec = spec_for(PreprocessConfig(resize=[8, 8]), manifest)
+    spec = build_spec(PreprocessConfig(resize=[8, 8]), manifest.image_stats)
     loaders = [ShardDataModule(one, spec, config, seed=1).train_dataloader() for one in (manifest, tiny_dataset)]
     for here, there in zip(*loaders, strict=True):
         assert here["image"].equal(there["image"])

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import resource
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.manifest import DatasetManifest
+from pipeline.preprocess import PreprocessSpec
 from pipeline.run import BEST, LAST, RunRecord
 from pipeline.task import Metrics
 from pipeline.training import checkpoint_writer
@@ -210,6 +212,7 @@ def test_a_save_is_due_after_some_minutes(
 def test_a_checkpoint_says_what_it_is_and_where_training_was(
     tiny_config: Config,
     tiny_dataset: DatasetManifest,
+    spec: PreprocessSpec,
     record: RunRecord,
     make_writer: Callable[[Config], CheckpointWriter],
     fit: Fit,
@@ -234,6 +237,7 @@ def test_a_checkpoint_says_what_it_is_and_where_training_was(
     assert end == {
         "format_version": 1,
         "config": config.as_dict(),
+        "preprocess": dataclasses.asdict(spec),
         "data_digest": tiny_dataset.digest,
         "config_digest": record.config_digest,
         "preprocess_hash": record.preprocess_hash,

@@ -82,7 +82,7 @@ def test_half_precision_needs_a_gpu(
     ("section", "values", "message"),
     [
         ("model", {"channels": [8] * 5}, "Use at most 4 stages"),
-        ("model", {"channels": [12], "norm": "group"}, "group norm cannot share"),
+        ("model", {"channels": [12], "norm": "group"}, "`model.norm: group` cannot share"),
         ("preprocess", {"resize": 16}, "leaves images of different sizes"),
         ("optimizer", {"name": "SDG"}, "Did you mean 'SGD'"),
         ("optimizer", {"args": {"momentun": 1}}, "Did you mean 'momentum'"),
