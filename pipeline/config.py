@@ -141,15 +141,16 @@ class OptimizerConfig:
     name: str = setting("SGD", "class in torch.optim")
     lr: float = setting(1e-3, "learning rate")
     args: dict[str, Any] = setting({}, "its other arguments; SGD has momentum 0.9 unless given")
+    lr_factors: dict[str, float] = setting({}, "learning rates of parts, as multiples of lr: {prefix of parameter names: factor}")
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Any learning rate scheduler of torch.optim.lr_scheduler."""
+    """Any learning rate scheduler of torch.optim.lr_scheduler, or WarmupCosine."""
 
-    name: str | None = setting(None, "class in torch.optim.lr_scheduler; null keeps the learning rate")
+    name: str | None = setting(None, "class in torch.optim.lr_scheduler, or WarmupCosine; null keeps the learning rate")
     interval: Literal["step", "epoch"] = setting("step", "how often it moves")
-    args: dict[str, Any] = setting({}, "its arguments; total_steps and T_max are filled in when missing")
+    args: dict[str, Any] = setting({}, "its arguments; total_steps and T_max are filled in when missing; WarmupCosine: warmup_steps or _share")
 
 
 @dataclass(frozen=True)
