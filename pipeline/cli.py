@@ -608,19 +608,20 @@ def _show_predictions(rows: list[dict[str, object]], options: "Namespace") -> No
 
 
 def bench(argv: list[str]) -> int:
-    """Measure the data stage beside other loaders, or what checkpoints cost, on this machine."""
+    """Measure the data stage beside other loaders, or what a training step or checkpoints cost, on this machine."""
     parser = _parser(bench, settings=False)
-    parser.add_argument("what", choices=["data", "checkpoint"], help="what to measure")
+    parser.add_argument("what", choices=["data", "step", "checkpoint"], help="what to measure")
     parser.add_argument("--parts", default="loader,read,open,write", help="loader, read, open, write")
     parser.add_argument("--num-images", type=int, default=4000, help="generated JPEGs to measure with")
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of each turn")
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender has its turn")
     parser.add_argument("--out", default="bench", help="folder of the images, bench.json and bench.png")
     options = parse_arguments(parser, argv)
     from pipeline.bench.data import require_parts, run_benchmark
 
     parts = require_parts(options.parts)
-    for name, least in (("num_images", 64), ("workers", 1), ("rounds", 1)):
+    for name, least in (("num_images", 64), ("workers", 1), ("steps", 100), ("rounds", 1)):
         if options[name] < least:
             raise ConfigError(f"`--{name.replace('_', '-')}` is {options[name]}; it must be {least} or more.")
     out = Path(options.out)
@@ -629,6 +630,11 @@ def bench(argv: list[str]) -> int:
 
         _show_figures("network", checkpoint_costs(out, options.rounds))
         _show_figures("training", start_seconds(out, options.rounds))
+        return 0
+    if options.what == "step":
+        from pipeline.bench.step import step_costs
+
+        _show_figures("trainer", step_costs(out, options.steps, options.rounds))
         return 0
     benchmark = run_benchmark(out, parts, options.num_images, options.workers, options.rounds)
     for part, contenders in benchmark.figures.items():

@@ -141,7 +141,9 @@ class OptimizerConfig:
     name: str = setting("SGD", "class in torch.optim")
     lr: float = setting(1e-3, "learning rate")
     args: dict[str, Any] = setting({}, "its other arguments; SGD has momentum 0.9 unless given")
-    lr_factors: dict[str, float] = setting({}, "learning rates of parts, as multiples of lr: {prefix of parameter names: factor}")
+    lr_factors: dict[str, float] = setting(
+        {}, "learning rates of parts, as multiples of lr: {prefix of parameter names: factor}"
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ class SchedulerConfig:
 
     name: str | None = setting(None, "class in torch.optim.lr_scheduler, or WarmupCosine; null keeps the learning rate")
     interval: Literal["step", "epoch"] = setting("step", "how often it moves")
-    args: dict[str, Any] = setting({}, "its arguments; total_steps and T_max are filled in when missing; WarmupCosine: warmup_steps or _share")
+    args: dict[str, Any] = setting(
+        {}, "its arguments; total_steps and T_max are filled in when missing; WarmupCosine: warmup_steps or _share"
+    )
 
 
 @dataclass(frozen=True)

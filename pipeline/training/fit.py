@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
 
 from pipeline import accelerator, distributed
@@ -38,11 +40,23 @@ from pipeline.training.resume import MoveCursor, say_what_differs
 WRITER_WAIT_SECONDS = 120.0
 
 
+class NoProfiler(PassThroughProfiler):
+    """Measures nothing, in a tenth of the time that Lightning's own takes to do so, at each of some 70 places of a step."""
+
+    nothing = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> contextlib.AbstractContextManager[Any]:  # type: ignore[override]
+        """Begin nothing and end nothing."""
+        return self.nothing
+
+
 def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
     """A Lightning Trainer with DDP over the ranks that a launcher started, which have met in `distributed.join_group`."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    # Deterministic algorithms also fill each new tensor with nan, so that reading what nobody wrote is noticed. It is only slow.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     local = distributed.local_world_size()
     return L.Trainer(
         accelerator=accelerator.kind(),
@@ -59,6 +73,7 @@ def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        profiler=NoProfiler(),
         default_root_dir=config.run_dir,
         **options,
     )

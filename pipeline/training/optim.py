@@ -109,10 +109,14 @@ def _factors(trainable: list[str], names: list[str], lr_factors: dict[str, float
     prefixes = {".".join(name.split(".")[:length]) for name in names for length in range(1, name.count(".") + 2)}
     for prefix, factor in lr_factors.items():
         if prefix not in prefixes:
-            suggestion = nearest(prefix, sorted(prefixes)) or f" Known: {', '.join(sorted(p for p in prefixes if '.' not in p))}."
+            suggestion = (
+                nearest(prefix, sorted(prefixes)) or f" Known: {', '.join(sorted(p for p in prefixes if '.' not in p))}."
+            )
             raise ConfigError(f"`optimizer.lr_factors` names '{prefix}', with which no parameter begins.{suggestion}")
         if not 0 < factor < math.inf:
-            raise ConfigError(f"`optimizer.lr_factors.{prefix}` is {factor}; it must be greater than 0. `model.freeze` freezes.")
+            raise ConfigError(
+                f"`optimizer.lr_factors.{prefix}` is {factor}; it must be greater than 0. `model.freeze` freezes."
+            )
 
     def factor_of(name: str) -> float:
         own = [prefix for prefix in lr_factors if f"{name}.".startswith(f"{prefix}.")]
