@@ -132,6 +132,8 @@ class ModelConfig:
     convs_per_stage: int = setting(1, "convolutions in each stage")
     norm: Literal["batch", "group", "none"] = setting("batch", "normalisation after each convolution")
     dropout: float = setting(0.2, "dropout probability in the classifier")
+    freeze: list[str] = setting([], "parts that do not train, by the beginning of their parameters' names: [features]")
+    unfreeze: dict[str, int] = setting({}, "parts that train from an epoch on, counted from 0: {features.10: 3}")
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class OptimizerConfig:
     lr: float = setting(1e-3, "learning rate")
     args: dict[str, Any] = setting({}, "its other arguments; SGD has momentum 0.9 unless given")
     lr_factors: dict[str, float] = setting(
-        {}, "learning rates of parts, as multiples of lr: {prefix of parameter names: factor}"
+        {}, "learning rates of parts, as multiples of lr, by the beginning of their parameters' names: {features: 0.1}"
     )
 
 
@@ -153,7 +155,9 @@ class SchedulerConfig:
     name: str | None = setting(None, "class in torch.optim.lr_scheduler, or WarmupCosine; null keeps the learning rate")
     interval: Literal["step", "epoch"] = setting("step", "how often it moves")
     args: dict[str, Any] = setting(
-        {}, "its arguments; total_steps and T_max are filled in when missing; WarmupCosine: warmup_steps or _share"
+        {},
+        "its arguments; total_steps and T_max are filled in when missing. WarmupCosine has warmup_steps or warmup_share, and "
+        "start_share and final_share of the learning rate",
     )
 
 

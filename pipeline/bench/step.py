@@ -1,8 +1,8 @@
 """What our metrics, curves and callbacks add to a training step: CPU time beside a bare Lightning Trainer and a plain loop.
 
 All contenders train the same tiny network on the same batch, which lies ready in memory. They take turns in one process, so
-that a machine that is busy with something else for a while slows all of them alike. Ours writes its curves to MLflow. The bare Trainer
-has DDP, and no logger, no bar and no callback.
+that a machine that is busy with something else for a while slows all of them alike. The bare Trainer has DDP, and no logger,
+no bar and no callback; ours writes its curves to MLflow.
 """
 
 import statistics
@@ -100,9 +100,9 @@ class Material:
 
 
 def step_costs(folder: Path, num_steps: int, rounds: int) -> dict[str, Figures]:
-    """Microseconds of CPU that a step takes, by contender: the median and the least of `rounds` turns, which the last column compares.
+    """Microseconds of CPU that a step takes, by contender: the median and the least of `rounds` turns.
 
-    A busy machine only ever adds. Data set and runs stay in `folder`.
+    The least are compared: a busy machine only ever adds. Data set and runs stay in `folder`.
     """
     config = Config(
         runs_dir=str(folder / "runs"),

@@ -35,6 +35,7 @@ from pipeline.training.classifier import Classifier
 from pipeline.training.monitors import StepMonitor
 from pipeline.training.preemption import StopOnSignal
 from pipeline.training.resume import MoveCursor, say_what_differs
+from pipeline.training.unfreezing import Unfreezing
 
 # A network file system gives up the lock of a dead node only after a lease.
 WRITER_WAIT_SECONDS = 120.0
@@ -55,14 +56,14 @@ def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    # Deterministic algorithms also fill each new tensor with nan, so that reading what nobody wrote is noticed. It is only slow.
+    # Deterministic algorithms also fill each new tensor with nan, to show who reads what nobody wrote: that only takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False
     local = distributed.local_world_size()
     return L.Trainer(
         accelerator=accelerator.kind(),
         devices=local,
         num_nodes=distributed.world_size() // local,
-        strategy=DDPStrategy(checkpoint_io=DurableCheckpointIO()),
+        strategy=DDPStrategy(checkpoint_io=DurableCheckpointIO(), find_unused_parameters=bool(config.model.unfreeze)),
         sync_batchnorm=config.trainer.sync_batchnorm,
         precision=config.trainer.precision,
         deterministic=config.trainer.deterministic,
@@ -161,6 +162,7 @@ def build_callbacks(
     ledger, monitor = BadSampleLedger(config.run_dir, config.data), StepMonitor(config)
     return [
         WarmUpBuckets(spec.fixed_size),
+        *([Unfreezing(config.model, config.trainer.max_epochs)] if config.model.freeze or config.model.unfreeze else []),
         ledger,
         monitor,
         *([EMAWeightAveraging(decay=config.trainer.ema_decay)] if config.trainer.ema_decay else []),

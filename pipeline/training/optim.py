@@ -22,7 +22,7 @@ RATE_ARGUMENTS = ("max_lr", "base_lr")
 
 
 class WarmupCosine(lr_scheduler.LRScheduler):
-    """A linear rise over the first moves (Goyal et al., 2017, arXiv 1706.02677), then half a cosine (Loshchilov and Hutter, 2016).
+    """A linear rise (Goyal et al., 2017, arXiv 1706.02677), then half a cosine (Loshchilov and Hutter, 2016, arXiv 1608.03983).
 
     The rise takes `warmup_steps` moves, or the share `warmup_share` of all; it begins at `start_share` of the learning rate,
     and the cosine ends at `final_share` of it. The rate is a function of the number of moves alone, unlike that of torch's
@@ -109,14 +109,11 @@ def _factors(trainable: list[str], names: list[str], lr_factors: dict[str, float
     prefixes = {".".join(name.split(".")[:length]) for name in names for length in range(1, name.count(".") + 2)}
     for prefix, factor in lr_factors.items():
         if prefix not in prefixes:
-            suggestion = (
-                nearest(prefix, sorted(prefixes)) or f" Known: {', '.join(sorted(p for p in prefixes if '.' not in p))}."
-            )
-            raise ConfigError(f"`optimizer.lr_factors` names '{prefix}', with which no parameter begins.{suggestion}")
+            parts = sorted(known for known in prefixes if "." not in known)
+            suggestion = nearest(prefix, sorted(prefixes)) or f" The network has: {', '.join(parts)}."
+            raise ConfigError(f"`optimizer.lr_factors` names '{prefix}', and no parameter's name begins so.{suggestion}")
         if not 0 < factor < math.inf:
-            raise ConfigError(
-                f"`optimizer.lr_factors.{prefix}` is {factor}; it must be greater than 0. `model.freeze` freezes."
-            )
+            raise ConfigError(f"`optimizer.lr_factors.{prefix}` is {factor}; it must be greater than 0.")
 
     def factor_of(name: str) -> float:
         own = [prefix for prefix in lr_factors if f"{name}.".startswith(f"{prefix}.")]

@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "validation in mid-epoch": {"trainer": {"validate_every_steps": 4}},
     "limited batches": {"data": {"steps_per_epoch": 5, "limit_val_batches": 2}},
     "skipping what is not finite": {"trainer": {"non_finite": "skip"}},
+    "gradual unfreezing": {"model": {"freeze": ["features"], "unfreeze": {"features.4": 1, "features.5": 2}}},
     "all at once": {
         "data": {"accumulate": 2, "steps_per_epoch": 7, "limit_val_batches": 2},
         "trainer": {"ema_decay": 0.9, "validate_every_steps": 5, "non_finite": "skip", "keep_best": 2},
@@ -60,8 +61,9 @@ SCHEDULERS = {
     "MultiStepLR": SchedulerConfig("MultiStepLR", "step", {"milestones": [3, 20]}),
 }
 # Every variant with a scheduler of each kind; the others move as one of these.
-CASES = [(variant, scheduler) for variant in VARIANTS for scheduler in ("OneCycleLR", "StepLR", "ReduceLROnPlateau")]
-CASES += [("all at once", "WarmupCosine"), ("plain", "MultiStepLR")]
+COMMON = ("OneCycleLR", "StepLR", "ReduceLROnPlateau")
+CASES = [(variant, scheduler) for variant in VARIANTS if variant != "gradual unfreezing" for scheduler in COMMON]
+CASES += [("gradual unfreezing", "OneCycleLR"), ("all at once", "WarmupCosine"), ("plain", "MultiStepLR")]
 
 
 def end_of(config: Config) -> dict[str, Any]:
