@@ -168,6 +168,8 @@ class TrainerConfig:
     max_epochs: int = setting(10, "passes over the training split")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = setting("32-true", "Lightning's precision")
     deterministic: bool = setting(True, "bit-identical results, also on a GPU")
+    channels_last: bool = setting(False, "weights and images with their channels together in memory: faster on most GPUs")
+    compile: bool = setting(False, "torch.compile the network; needs a C++ compiler, or on a GPU Triton")
     sync_batchnorm: bool = setting(False, "normalise over the batches of all GPUs, not of each alone")
     gradient_clip_norm: float | None = setting(None, "clip the global gradient norm at this value")
     ema_decay: float | None = setting(None, "evaluate and export a moving average of the weights with this decay, e.g. 0.999")

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from pipeline import accelerator, distributed
-from pipeline.config import Config
+from pipeline.config import Config, TrainerConfig
 from pipeline.console import say
 from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.labels import TRADE_OFFS
@@ -80,6 +81,18 @@ def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -
     )
 
 
+def prepare_network(network: nn.Module, config: TrainerConfig) -> None:
+    """Lay the weights out, and have the network compiled at its first step, as the trainer's settings say.
+
+    Images come from the loader with their channels together in any case, and each layer keeps the layout of its input where
+    its weights have it too. `Module.compile` keeps the names in checkpoints, which torch.compile would change.
+    """
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        network.compile()
+
+
 def describe_world(trainer: L.Trainer) -> str:
     """How many processes on what, in words: `2 DDP processes (gloo, cpu)`."""
     device = trainer.strategy.root_device.type
@@ -139,6 +152,7 @@ def _fit_rank(
     assert spec.fixed_size is not None
     L.seed_everything(config.seed, verbose=False)
     network = build_network(config.model, len(manifest.class_names), spec)
+    prepare_network(network, config.trainer)
     steps_per_epoch = training_steps_per_epoch(manifest, config.data)
     module = Classifier(network, config, len(manifest.class_names), total_steps=steps_per_epoch * config.trainer.max_epochs)
     writer = CheckpointWriter(config, manifest, identity, config.run_dir)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline import accelerator
@@ -49,8 +50,37 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
         )
     network = build_network(config.model, len(manifest.class_names), spec)
     require_forward(network, spec)
+    require_consistent(config, network)
     length = scheduler_length(config.scheduler, batches * config.trainer.max_epochs, config.trainer.max_epochs)
     _require_steps(config, network, spec, length)
+
+
+def require_consistent(config: Config, network: nn.Module) -> None:
+    """Refuse settings that work alone and not together, and a compiler that does not work here. Raises ConfigError."""
+    if config.trainer.sync_batchnorm and not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        raise ConfigError("`trainer.sync_batchnorm` has no BatchNorm to synchronise in this network. Leave it out.")
+    trainer, is_fused = config.trainer, config.optimizer.args.get("fused")
+    if is_fused and trainer.precision == "16-mixed":
+        raise ConfigError(
+            "`optimizer.args.fused` hides the true gradients of `trainer.precision` 16-mixed from the watch for what is not "
+            "finite. Leave `fused` out, or use bf16-mixed."
+        )
+    if is_fused and trainer.precision != "32-true" and trainer.gradient_clip_norm:
+        raise ConfigError(
+            f"`optimizer.args.fused` excludes `trainer.gradient_clip_norm` where `trainer.precision` is {trainer.precision} "
+            "(Lightning's rule). Leave one of them out."
+        )
+    if config.trainer.compile:
+        require_compiler()
+
+
+def require_compiler() -> None:
+    """Compile a sum. Raises ConfigError with the reason where that does not work."""
+    try:
+        torch.compile(torch.add)(torch.ones(8, device=accelerator.device()), 1.0)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"`trainer.compile` does not work on this machine: {reason}. Set it to false.") from error
 
 
 def _require_steps(config: Config, network: nn.Sequential, spec: PreprocessSpec, length: int) -> None:
