@@ -392,10 +392,20 @@ def train(argv: list[str]) -> int:
     facts = {
         "best": f"{config.run_dir / record.best['path']}  {record.best['monitor']} {record.best['value']:.4f}",
         "steps": f"{record.steps:,} on {record.world_size} processes",
+        **_gap_of(config.run_dir),
         "run": f"{record.mlflow['run_id']} in {record.mlflow['uri']} (look at it with `make ui`)",
     }
     closing_box("trained", facts, _next_of_train("evaluate", argv))
     return 0
+
+
+def _gap_of(run_dir: Path) -> dict[str, str]:
+    """What the training said of training and validation images, where it could compare them."""
+    import json
+
+    path = run_dir / "dynamics.json"
+    gap = json.loads(path.read_text())["gap"] if path.is_file() else None
+    return {} if gap is None else {"train/val": f"{gap['summary']}  {run_dir / 'dynamics.png'}"}
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from pipeline import accelerator, distributed
+from pipeline import accelerator, distributed, task
 from pipeline.config import Config, TrainerConfig
 from pipeline.console import say
 from pipeline.data.datamodule import ShardDataModule
@@ -26,6 +26,7 @@ from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import build_network, count_parameters
 from pipeline.preprocess import PreprocessSpec, spec_for
+from pipeline.recipe.dynamics import Dynamics
 from pipeline.run import RunRecord, open_run
 from pipeline.tracking.run import RunTracker, open_tracker
 from pipeline.training.bad_samples import BadSampleLedger
@@ -58,7 +59,7 @@ def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     # Deterministic algorithms also fill each new tensor with nan, to show who reads what nobody wrote: that only takes time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     local = distributed.local_world_size()
     return L.Trainer(
         accelerator=accelerator.kind(),
@@ -88,7 +89,7 @@ def prepare_network(network: nn.Module, config: TrainerConfig) -> None:
     its weights have it too. `Module.compile` keeps the names in checkpoints, which torch.compile would change.
     """
     if config.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     if config.compile:
         network.compile()
 
@@ -180,6 +181,7 @@ def build_callbacks(
         ledger,
         monitor,
         *([EMAWeightAveraging(decay=config.trainer.ema_decay)] if config.trainer.ema_decay else []),
+        Dynamics(config, manifest, spec, task, tracker),
         TrainingCurves(tracker, manifest.class_names, config.trainer.log_every_steps, ledger, monitor),
         ShowProgress(),
         MoveCursor(config, training_steps_per_epoch(manifest, config.data)),
