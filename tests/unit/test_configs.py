@@ -38,7 +38,7 @@ def test_every_bundled_configuration_takes_a_step(name: str, tiny_dataset: Datas
     model = dataclasses.replace(config.model, weights=None)
     task = task_of(manifest, config)
     torch.manual_seed(config.seed)
-    network = build_network(model, task.num_outputs, spec, prior=task.prior)
+    network = build_network(model, task.num_outputs, spec, prior=task.prior, independent=task.kind == "multi")
     require_known_prefixes(network, model)
     require_consistent(config, network)
 
