@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline.config import Config
+from pipeline.config import Config, DataConfig
 from pipeline.console import say
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.order import SampleRef
@@ -78,7 +78,7 @@ class Dynamics(L.Callback):
     @functools.cached_property
     def watched(self) -> Batch:
         """The validation samples that are looked at, always the same."""
-        return read_samples(self.manifest, "val", self.spec, NUM_WATCHED)
+        return read_samples(self.manifest, "val", self.spec, self.config.data, NUM_WATCHED)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Look before the first step."""
@@ -129,7 +129,9 @@ class Dynamics(L.Callback):
     def _judge(self, module: L.LightningModule) -> Gap | None:
         if "train" in self.manifest.streams:
             return None  # a stream cannot be asked for the same samples again
-        samples = {split: read_samples(self.manifest, split, self.spec, NUM_JUDGED) for split in ("train", "val")}
+        samples = {
+            split: read_samples(self.manifest, split, self.spec, self.config.data, NUM_JUDGED) for split in ("train", "val")
+        }
         train, val = (float(self._correct(module, batch).mean()) for batch in samples.values())
         sizes = (len(samples["train"]["label"]), len(samples["val"]["label"]))
         return judge_gap(train, val, commonest_share(samples["train"]["label"]), sizes)
@@ -211,9 +213,9 @@ def commonest_share(labels: torch.Tensor) -> float:
     return float(torch.maximum(shares, 1 - shares).mean())
 
 
-def read_samples(manifest: DatasetManifest, split: str, spec: PreprocessSpec, number: int) -> Batch:
+def read_samples(manifest: DatasetManifest, split: str, spec: PreprocessSpec, config: DataConfig, number: int) -> Batch:
     """Up to `number` samples as evaluation sees them: spread over the split, or its first where shards must be fetched."""
-    dataset = ShardDataset(manifest, split, spec)
+    dataset = ShardDataset(manifest, split, spec, config=config)
     number = min(number, len(dataset))
     spread = dataset.fetcher is None
     indices = np.linspace(0, len(dataset) - 1, number).round().astype(int) if spread else np.arange(number)

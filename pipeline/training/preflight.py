@@ -12,6 +12,7 @@ from pipeline.data.mixing import require_mixable
 from pipeline.data.order import local_batch_size, training_steps_per_epoch
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DatasetManifest, require_labels
+from pipeline.models.freezing import freeze_parameters, frozen
 from pipeline.models.sequential import build_network, require_forward
 from pipeline.preprocess import PreprocessSpec, spec_for
 from pipeline.task import require_supported
@@ -51,6 +52,7 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
     network = build_network(config.model, len(manifest.class_names), spec)
     require_forward(network, spec)
     require_consistent(config, network)
+    _require_parts_that_train(config, network)
     length = scheduler_length(config.scheduler, batches * config.trainer.max_epochs, config.trainer.max_epochs)
     _require_steps(config, network, spec, length)
 
@@ -72,6 +74,21 @@ def require_consistent(config: Config, network: nn.Module) -> None:
         )
     if config.trainer.compile:
         require_compiler()
+
+
+def _require_parts_that_train(config: Config, network: nn.Module) -> None:
+    """Freeze what never trains. Raises ConfigError when an epoch would train nothing, or a part would begin after the last."""
+    model, num_epochs = config.model, config.trainer.max_epochs
+    for part, epoch in model.unfreeze.items():
+        if epoch >= num_epochs:
+            raise ConfigError(
+                f"`model.unfreeze` lets {part} train from epoch {epoch} on, counted from 0, but there are {num_epochs} epochs. "
+                "Begin earlier, or leave it to `model.freeze`."
+            )
+    for epoch in sorted({0, *model.unfreeze.values()}):
+        freeze_parameters(network, frozen(model, epoch))
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise ConfigError(f"`model.freeze` and `model.unfreeze` leave nothing to train in epoch {epoch}.")
 
 
 def require_compiler() -> None:

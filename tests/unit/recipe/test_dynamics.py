@@ -95,7 +95,7 @@ def test_the_end_says_whether_training_and_validation_agree(
     module, found, tracker = train(config, tiny_dataset, tiny_spec)
     expected = []
     for split in ("train", "val"):
-        batch = read_samples(tiny_dataset, split, tiny_spec, 100)
+        batch = read_samples(tiny_dataset, split, tiny_spec, config.data, 100)
         assert len(batch["label"]) == (36 if split == "train" else 12)
         expected.append(float((module.network.eval()(batch["image"]).argmax(dim=1) == batch["label"]).double().mean()))
     gap = found["gap"]

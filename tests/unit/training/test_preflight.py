@@ -100,6 +100,14 @@ def test_a_compiler_that_is_not_there_is_named_in_one_line(
     [
         ("model", {"channels": [8] * 5}, "Use at most 4 stages"),
         ("model", {"channels": [12], "norm": "group"}, "group norm cannot share"),
+        (
+            "model",
+            {"unfreeze": {"features": 10}},
+            "lets features train from epoch 10 on, counted from 0, but there are 10 epochs",
+        ),
+        ("model", {"freeze": ["features", "classifier"]}, "leave nothing to train in epoch 0"),
+        ("model", {"freeze": ["classifier"], "unfreeze": {"features": 1}}, "leave nothing to train in epoch 0"),
+        ("optimizer", {"lr_factors": {"feature": 0.1}}, "Did you mean 'features'"),
         ("preprocess", {"resize": 16}, "leaves images of different sizes"),
         ("optimizer", {"name": "SDG"}, "Did you mean 'SGD'"),
         ("optimizer", {"args": {"momentun": 1}}, "Did you mean 'momentum'"),
