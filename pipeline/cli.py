@@ -396,10 +396,20 @@ def train(argv: list[str]) -> int:
     facts = {
         "best": f"{config.run_dir / record.best['path']}  {record.best['monitor']} {record.best['value']:.4f}",
         "steps": f"{record.steps:,} on {record.world_size} processes",
+        **_gap_of(config.run_dir),
         "run": f"{record.mlflow['run_id']} in {record.mlflow['uri']} (look at it with `make ui`)",
     }
     closing_box("trained", facts, _next_of_train("evaluate", argv))
     return 0
+
+
+def _gap_of(run_dir: Path) -> dict[str, str]:
+    """What the training said of training and validation images, where it could compare them."""
+    import json
+
+    path = run_dir / "dynamics.json"
+    gap = json.loads(path.read_text())["gap"] if path.is_file() else None
+    return {} if gap is None else {"train/val": f"{gap['summary']}  {run_dir / 'dynamics.png'}"}
 
 
 @contextlib.contextmanager
@@ -633,19 +643,20 @@ def _show_predictions(rows: list[dict[str, object]], options: "Namespace") -> No
 
 
 def bench(argv: list[str]) -> int:
-    """Measure the data stage beside other loaders, or what checkpoints cost, on this machine."""
+    """Measure the data stage beside other loaders, or what a training step or checkpoints cost, on this machine."""
     parser = _parser(bench, settings=False)
-    parser.add_argument("what", choices=["data", "checkpoint"], help="what to measure")
+    parser.add_argument("what", choices=["data", "step", "checkpoint"], help="what to measure")
     parser.add_argument("--parts", default="loader,read,open,write", help="loader, read, open, write")
     parser.add_argument("--num-images", type=int, default=4000, help="generated JPEGs to measure with")
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of each turn")
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender has its turn")
     parser.add_argument("--out", default="bench", help="folder of the images, bench.json and bench.png")
     options = parse_arguments(parser, argv)
     from pipeline.bench.data import require_parts, run_benchmark
 
     parts = require_parts(options.parts)
-    for name, least in (("num_images", 64), ("workers", 1), ("rounds", 1)):
+    for name, least in (("num_images", 64), ("workers", 1), ("steps", 100), ("rounds", 1)):
         if options[name] < least:
             raise ConfigError(f"`--{name.replace('_', '-')}` is {options[name]}; it must be {least} or more.")
     out = Path(options.out)
@@ -654,6 +665,11 @@ def bench(argv: list[str]) -> int:
 
         _show_figures("network", checkpoint_costs(out, options.rounds))
         _show_figures("training", start_seconds(out, options.rounds))
+        return 0
+    if options.what == "step":
+        from pipeline.bench.step import step_costs
+
+        _show_figures("trainer", step_costs(out, options.steps, options.rounds))
         return 0
     benchmark = run_benchmark(out, parts, options.num_images, options.workers, options.rounds)
     for part, contenders in benchmark.figures.items():

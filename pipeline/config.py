@@ -169,15 +169,22 @@ class OptimizerConfig:
     name: str = setting("SGD", "class in torch.optim")
     lr: float = setting(1e-3, "learning rate")
     args: dict[str, Any] = setting({}, "its other arguments; SGD has momentum 0.9 unless given")
+    lr_factors: dict[str, float] = setting(
+        {}, "learning rates of parts, as multiples of lr, by the beginning of their parameters' names: {features: 0.1}"
+    )
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Any learning rate scheduler of torch.optim.lr_scheduler."""
+    """Any learning rate scheduler of torch.optim.lr_scheduler, or WarmupCosine."""
 
-    name: str | None = setting(None, "class in torch.optim.lr_scheduler; null keeps the learning rate")
+    name: str | None = setting(None, "class in torch.optim.lr_scheduler, or WarmupCosine; null keeps the learning rate")
     interval: Literal["step", "epoch"] = setting("step", "how often it moves")
-    args: dict[str, Any] = setting({}, "its arguments; total_steps and T_max are filled in when missing")
+    args: dict[str, Any] = setting(
+        {},
+        "its arguments; total_steps and T_max are filled in when missing. WarmupCosine has warmup_steps or warmup_share, and "
+        "start_share and final_share of the learning rate",
+    )
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,8 @@ class TrainerConfig:
     max_epochs: int = setting(10, "passes over the training split")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = setting("32-true", "Lightning's precision")
     deterministic: bool = setting(True, "bit-identical results, also on a GPU")
+    channels_last: bool = setting(False, "weights and images with their channels together in memory: faster on most GPUs")
+    compile: bool = setting(False, "torch.compile the network; needs a C++ compiler, or on a GPU Triton")
     sync_batchnorm: bool = setting(False, "normalise over the batches of all GPUs, not of each alone")
     gradient_clip_norm: float | None = setting(None, "clip the global gradient norm at this value")
     ema_decay: float | None = setting(None, "evaluate and export a moving average of the weights with this decay, e.g. 0.999")

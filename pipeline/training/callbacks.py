@@ -83,6 +83,12 @@ class TrainingCurves(L.Callback):
             if recall == recall:
                 metrics[f"val/recall/{name}"] = recall
         self.tracker.log(metrics, trainer.global_step)
+        self.tracker.flush()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write the points of the steps that a run which goes on from here does not take again."""
+        if self.tracker is not None:
+            self.tracker.flush()
 
 
 class ShowProgress(L.Callback):

@@ -39,7 +39,7 @@ class Classifier(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout must not depend on what ran before: a resumed step draws the masks of the undisturbed one."""
-        torch.manual_seed(mix(self.config.seed, self._micro_step(batch_idx), self.global_rank))
+        seed_torch(mix(self.config.seed, self._micro_step(batch_idx), self.global_rank), self.device)
 
     def _micro_step(self, batch_idx: int) -> int:
         """How many batches the run has seen before this one; the step itself unless gradients are accumulated."""
@@ -138,6 +138,13 @@ class Classifier(L.LightningModule):
         rows = gathered.reshape(-1, 4)
         rows = rows[rows[:, 0] >= 0]
         self.predictions = [rows[rows[:, 0].argsort()].cpu()]
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """`torch.manual_seed` for the CPU and one device alone: 2 us instead of 250 us, which it takes to ask every backend."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
 def monitored(config: Config, metrics: Metrics) -> float:

@@ -47,7 +47,8 @@ class StepMonitor(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> None:
         """Look at the averaged gradients. Raises TrainingError when one is not finite and the run is set to stop."""
         assert isinstance(module, Classifier)
-        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         if math.isfinite(norm):
             self.gradient_norm, self.skipped_in_row = norm, 0

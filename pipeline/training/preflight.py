@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline import accelerator
@@ -11,6 +12,7 @@ from pipeline.data.mixing import require_mixable
 from pipeline.data.order import local_batch_size, training_steps_per_epoch
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DatasetManifest, require_labels
+from pipeline.models.freezing import freeze_parameters, frozen
 from pipeline.models.sequential import network_for, require_forward
 from pipeline.preprocess import PreprocessSpec
 from pipeline.pretraining import spec_for
@@ -52,8 +54,53 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
         )
     network = network_for(config, manifest, spec)
     require_forward(network, spec)
+    require_consistent(config, network)
+    _require_parts_that_train(config, network)
     length = scheduler_length(config.scheduler, batches * config.trainer.max_epochs, config.trainer.max_epochs)
     _require_steps(config, network, spec, length)
+
+
+def require_consistent(config: Config, network: nn.Module) -> None:
+    """Refuse settings that work alone and not together, and a compiler that does not work here. Raises ConfigError."""
+    if config.trainer.sync_batchnorm and not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        raise ConfigError("`trainer.sync_batchnorm` has no BatchNorm to synchronise in this network. Leave it out.")
+    trainer, is_fused = config.trainer, config.optimizer.args.get("fused")
+    if is_fused and trainer.precision == "16-mixed":
+        raise ConfigError(
+            "`optimizer.args.fused` hides the true gradients of `trainer.precision` 16-mixed from the watch for what is not "
+            "finite. Leave `fused` out, or use bf16-mixed."
+        )
+    if is_fused and trainer.precision != "32-true" and trainer.gradient_clip_norm:
+        raise ConfigError(
+            f"`optimizer.args.fused` excludes `trainer.gradient_clip_norm` where `trainer.precision` is {trainer.precision} "
+            "(Lightning's rule). Leave one of them out."
+        )
+    if config.trainer.compile:
+        require_compiler()
+
+
+def _require_parts_that_train(config: Config, network: nn.Module) -> None:
+    """Freeze what never trains. Raises ConfigError when an epoch would train nothing, or a part would begin after the last."""
+    model, num_epochs = config.model, config.trainer.max_epochs
+    for part, epoch in model.unfreeze.items():
+        if epoch >= num_epochs:
+            raise ConfigError(
+                f"`model.unfreeze` lets {part} train from epoch {epoch} on, counted from 0, but there are {num_epochs} epochs. "
+                "Begin earlier, or leave it to `model.freeze`."
+            )
+    for epoch in sorted({0, *model.unfreeze.values()}):
+        freeze_parameters(network, frozen(model, epoch))
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise ConfigError(f"`model.freeze` and `model.unfreeze` leave nothing to train in epoch {epoch}.")
+
+
+def require_compiler() -> None:
+    """Compile a sum. Raises ConfigError with the reason where that does not work."""
+    try:
+        torch.compile(torch.add)(torch.ones(8, device=accelerator.device()), 1.0)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"`trainer.compile` does not work on this machine: {reason}. Set it to false.") from error
 
 
 def _require_steps(config: Config, network: nn.Sequential, spec: PreprocessSpec, length: int) -> None:

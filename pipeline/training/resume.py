@@ -65,7 +65,7 @@ class MoveCursor(L.Callback):
     def _move(self, schedule: dict[str, Any], steps_before: int) -> None:
         ratio = self.steps_per_epoch / steps_before if self.config.scheduler.interval == "step" else 1.0
         schedule["last_epoch"] = round(schedule["last_epoch"] * ratio)
-        for name in ("total_steps", "T_max"):
+        for name in ("total_steps", "T_max", "warmup_steps"):
             if name in schedule:
                 schedule[name] = round(schedule[name] * ratio)
         for phase in schedule.get("_schedule_phases", []):

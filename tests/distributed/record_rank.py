@@ -39,11 +39,9 @@ class Recorder(Classifier):
         self.leave()
 
     def leave(self) -> None:
-        """Write down what this rank saw, and its weights."""
-        digest = hashlib.sha256()
-        for parameter in self.network.parameters():
-            digest.update(parameter.detach().numpy().tobytes())
-        record = {"steps": self.steps, "weights": digest.hexdigest()}
+        """Write down what this rank saw, and the digests of its weights."""
+        weights = {name: hashlib.sha256(each.detach().numpy().tobytes()) for name, each in self.network.named_parameters()}
+        record = {"steps": self.steps, "weights": {name: digest.hexdigest() for name, digest in weights.items()}}
         path = Path(os.environ["RECORD_DIR"]) / f"rank-{self.global_rank}.json"
         path.write_text(json.dumps(record))
 

@@ -58,7 +58,7 @@ def fails_with(capfd: pytest.CaptureFixture[str], arguments: list[str], message:
         (["evaluate", DATA, "--name=never"], "runs/never: no run there .* Run `shardline train` first"),
         (["export", DATA, "--name=never"], "runs/never: no run there .* Run `shardline train` first"),
         (["shard", "--dataset.source=nowhere", "--name=new"], "nowhere: no such folder. `dataset.source` is"),
-        (["train", "--config=nowhere.yaml"], "nowhere.yaml: no such configuration file. Bundled ones: digits, folder"),
+        (["train", "--config=nowhere.yaml"], "nowhere.yaml: no such configuration file. Bundled ones: cifar10, digits,"),
         (["train", DATA, "--name=../elsewhere"], "`name` is '../elsewhere'; it must be a plain folder name"),
         (["predict", "nowhere.onnx", "image.jpg"], "nowhere.onnx: no such model file"),
         (["verify", "nowhere.onnx"], "nowhere.onnx: no such data set folder or model file"),

@@ -29,5 +29,9 @@ def test_the_wheel_ships_the_configurations_and_the_command(tmp_path: Path) -> N
     )
     said = subprocess.check_output([sys.executable, "-c", script, str(tmp_path / "site")], text=True, cwd=tmp_path, timeout=20)
     site = tmp_path / "site/pipeline"
-    assert said.splitlines() == [str(site / "config.py"), "digits folder", str(site / "configs/digits.yaml")]
+    assert said.splitlines() == [
+        str(site / "config.py"),
+        "cifar10 digits finetune-alexnet folder imagenet-4x8 imagenet-8gpu multilabel",
+        str(site / "configs/digits.yaml"),
+    ]
     assert (tmp_path / "site/bin/shardline").is_file()

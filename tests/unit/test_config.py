@@ -236,7 +236,9 @@ def test_a_file_of_ones_own_comes_before_a_bundled_one(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("path", ["digts", "elsewhere/digits.yaml"])
 def test_a_configuration_that_does_not_exist_is_refused_with_the_bundled_ones(path: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{path}: no such configuration file\..* Bundled ones: .*digits, folder"):
+    with pytest.raises(
+        ConfigError, match=rf"{path}: no such configuration file\..* Bundled ones: .*digits, finetune-alexnet, folder"
+    ):
         parse("--config", path)
 
 

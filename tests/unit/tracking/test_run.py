@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import Config, ModelConfig, OptimizerConfig, TrackingConfig
 from pipeline.run import RunRecord
-from pipeline.tracking.run import RunTracker, open_client, open_tracker, tracking_uri
+from pipeline.tracking.run import MAX_HELD_POINTS, RunTracker, open_client, open_tracker, tracking_uri
 from tests.processes import wait_until
 
 if TYPE_CHECKING:
@@ -70,9 +70,11 @@ def test_replayed_steps_are_not_written_again(config: Config, record: RunRecord)
     killed = open_tracker(config, record)
     for step in (10, 20, 30):
         killed.log({"train/loss": 1.0 / step, "train/accuracy": step / 100}, step)
+    killed.flush()
     resumed = open_tracker(config, record)  # goes on after step 10
     for step in (20, 30, 40):
         resumed.log({"train/loss": -1.0, "train/accuracy": -1.0}, step)
+    resumed.flush()
     assert history(resumed, "train/loss") == [(10, 1 / 10), (20, 1 / 20), (30, 1 / 30), (40, -1.0)]
     assert history(resumed, "train/accuracy") == [(10, 0.1), (20, 0.2), (30, 0.3), (40, -1.0)]
 
@@ -89,7 +91,24 @@ def test_one_tracker_writes_a_step_once(config: Config, record: RunRecord) -> No
     tracker = open_tracker(config, record)
     for step in (5, 5, 10):
         tracker.log({"val/loss": float(step)}, step)
+    tracker.flush()
     assert history(tracker, "val/loss") == [(5, 5.0), (10, 10.0)]
+
+
+def test_points_are_written_together_and_the_last_ones_at_the_end(config: Config, record: RunRecord) -> None:
+    tracker = open_tracker(config, record)
+    for step in (1, 2, 3):
+        tracker.log({"train/loss": float(step)}, step)
+    assert history(tracker, "train/loss") == [(1, 1.0)], "the first at once, so that somebody who looks sees that it works"
+    tracker.finish()
+    assert history(tracker, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_a_write_does_not_wait_for_more_points_than_mlflow_takes(config: Config, record: RunRecord) -> None:
+    tracker = open_tracker(config, record)
+    for step in range(MAX_HELD_POINTS + 1):
+        tracker.log({"train/loss": float(step)}, step)
+    assert len(history(tracker, "train/loss")) == MAX_HELD_POINTS + 1
 
 
 def test_final_figures_are_one_point_and_the_headline(config: Config, record: RunRecord) -> None:

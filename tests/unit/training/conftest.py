@@ -20,7 +20,7 @@ from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.run import RunRecord
 from pipeline.training.checkpoint_writer import DurableCheckpointIO
 from pipeline.training.classifier import Classifier
-from pipeline.training.fit import training_options
+from pipeline.training.fit import prepare_network, training_options
 
 Fit = Callable[..., Classifier]
 
@@ -60,6 +60,7 @@ def make_classifier(tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> Call
     def make(config: Config) -> Classifier:
         L.seed_everything(config.seed, verbose=False)
         network = build_network(config.model, len(tiny_dataset.class_names), spec)
+        prepare_network(network, config.trainer)
         steps = steps_per_epoch(36, config.data.global_batch_size, drop_last=config.data.drop_last)
         return Classifier(network, config, len(tiny_dataset.class_names), total_steps=steps * config.trainer.max_epochs)
 
@@ -88,6 +89,7 @@ def make_trainer(config: Config, *callbacks: L.Callback) -> L.Trainer:
     return L.Trainer(
         accelerator="cpu",
         devices=1,
+        precision=config.trainer.precision,
         plugins=[DurableCheckpointIO()],
         callbacks=list(callbacks),
         logger=False,

@@ -25,9 +25,13 @@ class Tracker(RunTracker):
 
     def __init__(self) -> None:
         self.points: list[tuple[int, dict[str, float]]] = []
+        self.num_flushed = 0
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.points.append((step, metrics))
+
+    def flush(self) -> None:
+        self.num_flushed = len(self.points)
 
 
 class EachStep(L.Callback):
@@ -66,6 +70,7 @@ def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fi
         assert metrics["train/loss"] == pytest.approx(loss, rel=1e-5)  # float32
         assert metrics["train/accuracy"] == pytest.approx(accuracy, rel=1e-6)
         assert metrics["train/learning_rate"] == rate
+    assert tracker.num_flushed == len(tracker.points), "a validation is saved, and its points must be before"
     assert module.metrics is not None
     assert validation[8] == {
         "val/loss": module.metrics.loss,

@@ -15,7 +15,7 @@ from pipeline.data.mixing import mix_batch
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from pipeline.task import Metrics, sample_losses
-from pipeline.training.classifier import Classifier, monitored
+from pipeline.training.classifier import Classifier, monitored, seed_torch
 from tests.unit.training.conftest import Fit, change, make_trainer, weights_of
 
 MakeClassifier = Callable[[Config], Classifier]
@@ -231,3 +231,11 @@ def test_two_steps_on_a_gpu_give_equal_weights_twice(
         assert torch.equal(weights(), weights())
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_seeding_one_device_is_torch_s_own_seeding() -> None:
+    drawn = []
+    for seed in (torch.manual_seed, lambda number: seed_torch(number, torch.device("cpu"))):
+        seed(2**62 + 7)
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)

@@ -1,4 +1,5 @@
 import copy
+import math
 import re
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.manifest import ImageStats
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import build_spec
-from pipeline.training.optim import build_optimizer, build_scheduler
+from pipeline.training.optim import WarmupCosine, build_optimizer, build_scheduler
 
 
 @pytest.fixture
@@ -114,6 +115,74 @@ def test_what_an_optimizer_refuses_is_the_user_s_mistake(network: nn.Sequential,
         build_optimizer(network, OptimizerConfig(name=name, args=args))
 
 
+# ---- learning rates of parts ----
+
+
+def rate_of_each(network: nn.Sequential, optimizer: Optimizer) -> dict[str, float]:
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    return {names[each]: float(group["lr"]) for group in optimizer.param_groups for each in group["params"]}
+
+
+def test_a_part_learns_at_its_own_rate_and_the_longest_prefix_decides(network: nn.Sequential) -> None:
+    factors = {"features": 0.1, "features.1": 0.5}
+    built = build_optimizer(network, OptimizerConfig(lr=0.2, args={"weight_decay": 0.3}, lr_factors=factors))
+    assert rate_of_each(network, built) == pytest.approx(
+        {
+            "features.0.weight": 0.02,
+            "features.1.weight": 0.1,
+            "features.1.bias": 0.1,
+            "classifier.2.weight": 0.2,
+            "classifier.2.bias": 0.2,
+        },
+        rel=1e-12,
+    )
+    for group in built.param_groups:
+        assert {each.ndim > 1 for each in group["params"]} == {group["weight_decay"] > 0}
+    assert built.param_groups[0]["lr"] == 0.2, "the first group is the one whose rate is shown"
+
+
+def test_a_prefix_ends_where_a_name_does() -> None:
+    network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(11)))
+    built = build_optimizer(network, OptimizerConfig(lr=1.0, lr_factors={"1": 0.5}))
+    rates = rate_of_each(network, built)
+    assert (rates["1.weight"], rates["10.weight"]) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"feature": 0.1}, r"`optimizer\.lr_factors` names 'feature', .* Did you mean 'features'\?"),
+        ({"features.9": 0.1}, r"names 'features\.9', and no parameter's name begins so"),
+        ({"xyz": 0.1}, r"begins so\. The network has: classifier, features"),
+        ({"features": 0.0}, r"`optimizer\.lr_factors\.features` is 0\.0; it must be greater than 0"),
+    ],
+)
+def test_a_part_that_is_not_there_is_answered_with_the_nearest(
+    network: nn.Sequential, factors: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(network, OptimizerConfig(lr_factors=factors))
+
+
+def test_a_network_that_is_frozen_as_a_whole_is_refused(network: nn.Sequential) -> None:
+    network.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"`model\.freeze` leaves no parameter to train"):
+        build_optimizer(network, OptimizerConfig())
+
+
+def test_a_one_cycle_keeps_the_ratio_of_the_parts(network: nn.Sequential) -> None:
+    optimizer = build_optimizer(network, OptimizerConfig(lr=0.1, lr_factors={"features": 0.25}))
+    scheduler = build_scheduler(optimizer, SchedulerConfig("OneCycleLR", args={"max_lr": 0.4}), 20, "val/loss")
+    assert isinstance(scheduler, OneCycleLR)
+    highest: dict[str, float] = {}
+    for _ in range(20):
+        highest = {name: max(rate, highest.get(name, 0.0)) for name, rate in rate_of_each(network, optimizer).items()}
+        optimizer.step()
+        scheduler.step()
+    assert highest["classifier.2.weight"] == pytest.approx(0.4, rel=1e-6)
+    assert highest["features.0.weight"] == highest["features.1.bias"] == pytest.approx(0.1, rel=1e-6)
+
+
 # ---- schedulers ----
 
 
@@ -158,6 +227,37 @@ def test_any_other_scheduler_goes_by_its_name(optimizer: Optimizer) -> None:
     assert rates(optimizer, scheduler, 5) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025], rel=1e-12)
 
 
+def test_a_warm_up_rises_in_a_line_and_a_cosine_falls(optimizer: Optimizer) -> None:
+    config = SchedulerConfig("WarmupCosine", args={"warmup_steps": 4, "start_share": 0.2, "final_share": 0.1})
+    found = rates(optimizer, build_scheduler(optimizer, config, total_steps=12, monitor="val/loss"), 13)
+    assert found[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1], rel=1e-12)
+    cosine = [0.01 + 0.09 * (1 + math.cos(math.pi * moves / 8)) / 2 for moves in range(9)]
+    assert found[4:] == pytest.approx(cosine, rel=1e-12)
+
+
+def test_a_warm_up_may_be_a_share_of_the_training_or_nothing(optimizer: Optimizer) -> None:
+    share = build_scheduler(optimizer, SchedulerConfig("WarmupCosine", args={"warmup_share": 0.1}), 50, "val/loss")
+    assert isinstance(share, WarmupCosine)
+    assert share.warmup_steps == 5
+    none = build_scheduler(optimizer, SchedulerConfig("WarmupCosine", args={"warmup_steps": 0}), 1, "val/loss")
+    assert rates(optimizer, none, 1) == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("StepLR", {"step_size": 2, "gamma": 0.1}, [1.0, 1.0, 0.1, 0.1, 0.01]),
+        ("MultiStepLR", {"milestones": [1, 4], "gamma": 0.5}, [1.0, 0.5, 0.5, 0.5, 0.25]),
+        ("ExponentialLR", {"gamma": 0.5}, [1.0, 0.5, 0.25, 0.125, 0.0625]),
+    ],
+)
+def test_torch_s_own_steps_come_where_they_are_told(
+    optimizer: Optimizer, name: str, args: dict[str, Any], expected: list[float]
+) -> None:
+    scheduler = build_scheduler(optimizer, SchedulerConfig(name, args=args), total_steps=5, monitor="val/loss")
+    assert rates(optimizer, scheduler, 5) == pytest.approx([0.1 * share for share in expected], rel=1e-12)
+
+
 @pytest.mark.parametrize(("monitor", "mode"), [("val/loss", "min"), ("val/accuracy", "max")])
 def test_a_plateau_is_where_the_monitor_stops_improving(
     optimizer: Optimizer, monitor: str, mode: Literal["min", "max"]
@@ -181,6 +281,10 @@ def test_a_plateau_is_where_the_monitor_stops_improving(
         ("StepLR", {}, "`scheduler`: StepLR refuses its arguments: .*step_size"),
         ("OneCycleLR", {"max_lr": 0.1, "pct_start": 3}, "`scheduler`: OneCycleLR refuses its arguments"),
         ("OneCycleLR", {"max_lr": 0.1, "total_steps": "ten"}, "`scheduler`: OneCycleLR"),
+        ("WarmupCosin", {}, "Did you mean 'WarmupCosine'?"),
+        ("WarmupCosine", {"warmup": 3}, "WarmupCosine has no such argument. Did you mean 'warmup_steps'?"),
+        ("WarmupCosine", {"warmup_steps": 10}, "a warm-up of 10 moves leaves nothing of the 10 of the training"),
+        ("WarmupCosine", {"final_share": 2}, "WarmupCosine refuses its arguments: final_share must be from 0 to 1"),
         ("LambdaLR", {"lr_lambda": "lambda step: 1"}, "`scheduler`: LambdaLR refuses its arguments"),
         ("ChainedScheduler", {}, "`scheduler`: ChainedScheduler refuses its arguments"),
     ],

@@ -4,6 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
+from torch import nn
 
 from pipeline import accelerator
 from pipeline.config import Config
@@ -14,7 +16,7 @@ from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec
 from pipeline.task import sample_losses
 from pipeline.training.optim import build_optimizer
-from pipeline.training.preflight import require_trainable
+from pipeline.training.preflight import require_consistent, require_trainable
 from tests.unit.training.conftest import change
 
 OPTIMIZERS = sorted(
@@ -78,11 +80,41 @@ def test_half_precision_needs_a_gpu(
     accelerator.require_possible(half.trainer)
 
 
+def test_settings_that_do_not_go_together_are_refused(tiny_config: Config, tiny_network: nn.Sequential) -> None:
+    synchronised = change(tiny_config, "trainer", sync_batchnorm=True)
+    require_consistent(synchronised, tiny_network)
+    with pytest.raises(ConfigError, match=r"`trainer\.sync_batchnorm` has no BatchNorm to synchronise in this network"):
+        require_consistent(synchronised, nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(8, 8)))
+    fused = change(tiny_config, "optimizer", args={"fused": True})
+    require_consistent(change(fused, "trainer", precision="bf16-mixed"), tiny_network)
+    with pytest.raises(
+        ConfigError, match=r"`optimizer\.args\.fused` hides the true gradients of `trainer\.precision` 16-mixed"
+    ):
+        require_consistent(change(fused, "trainer", precision="16-mixed"), tiny_network)
+
+
+def test_a_compiler_that_is_not_there_is_named_in_one_line(
+    tiny_config: Config, tiny_dataset: DatasetManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/such/compiler"))
+    with pytest.raises(ConfigError, match=r"`trainer\.compile` does not work on this machine: .*/no/such/compiler") as refusal:
+        require_trainable(change(tiny_config, "trainer", compile=True), tiny_dataset, 1)
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
         ("model", {"channels": [8] * 5}, "Use at most 4 stages"),
         ("model", {"channels": [12], "norm": "group"}, "`model.norm: group` cannot share"),
+        (
+            "model",
+            {"unfreeze": {"features": 10}},
+            "lets features train from epoch 10 on, counted from 0, but there are 10 epochs",
+        ),
+        ("model", {"freeze": ["features", "classifier"]}, "leave nothing to train in epoch 0"),
+        ("model", {"freeze": ["classifier"], "unfreeze": {"features": 1}}, "leave nothing to train in epoch 0"),
+        ("optimizer", {"lr_factors": {"feature": 0.1}}, "Did you mean 'features'"),
         ("preprocess", {"resize": 16}, "leaves images of different sizes"),
         ("optimizer", {"name": "SDG"}, "Did you mean 'SGD'"),
         ("optimizer", {"args": {"momentun": 1}}, "Did you mean 'momentum'"),

@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "validation in mid-epoch": {"trainer": {"validate_every_steps": 4}},
     "limited batches": {"data": {"steps_per_epoch": 5, "limit_val_batches": 2}},
     "skipping what is not finite": {"trainer": {"non_finite": "skip"}},
+    "gradual unfreezing": {"model": {"freeze": ["features"], "unfreeze": {"features.4": 1, "features.5": 2}}},
     "all at once": {
         "data": {"accumulate": 2, "steps_per_epoch": 7, "limit_val_batches": 2},
         "trainer": {"ema_decay": 0.9, "validate_every_steps": 5, "non_finite": "skip", "keep_best": 2},
@@ -56,7 +57,13 @@ SCHEDULERS = {
     "OneCycleLR": SchedulerConfig("OneCycleLR", "step", {"max_lr": 0.05}),
     "StepLR": SchedulerConfig("StepLR", "epoch", {"step_size": 1}),
     "ReduceLROnPlateau": SchedulerConfig("ReduceLROnPlateau", "epoch", {"patience": 0}),
+    "WarmupCosine": SchedulerConfig("WarmupCosine", "step", {"warmup_steps": 6}),
+    "MultiStepLR": SchedulerConfig("MultiStepLR", "step", {"milestones": [3, 20]}),
 }
+# Every variant with a scheduler of each kind; the others move as one of these.
+COMMON = ("OneCycleLR", "StepLR", "ReduceLROnPlateau")
+CASES = [(variant, scheduler) for variant in VARIANTS if variant != "gradual unfreezing" for scheduler in COMMON]
+CASES += [("gradual unfreezing", "OneCycleLR"), ("all at once", "WarmupCosine"), ("plain", "MultiStepLR")]
 
 
 def end_of(config: Config) -> dict[str, Any]:
@@ -76,8 +83,7 @@ def differences(one: Any, other: Any, place: str = "") -> list[str]:
     return [] if same else [f"{place}: {one} and {other}"]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "scheduler"), CASES)
 def test_every_checkpoint_leads_to_the_same_end(
     config: Config, callbacks: Callbacks, fit: Fit, variant: str, scheduler: str
 ) -> None:
@@ -115,3 +121,15 @@ def test_a_run_that_stopped_early_has_nothing_left_to_train(
     assert newest is not None
     again = fit(config, *callbacks(config), resume=newest[0])
     assert again.trainer.global_step == end
+
+
+def test_a_warm_up_goes_on_in_epochs_when_the_batches_become_larger(config: Config, callbacks: Callbacks, fit: Fit) -> None:
+    config = dataclasses.replace(config, scheduler=SCHEDULERS["WarmupCosine"])
+    fit(config, *callbacks(config))
+    larger = change(config, "data", global_batch_size=12)  # 3 steps an epoch instead of 9
+    module = fit(larger, *callbacks(larger), resume=checkpoint_path(config.run_dir, STEPS_PER_EPOCH + 3))
+    end = STEPS_PER_EPOCH + 3 + 2 + 3
+    assert module.trainer.global_step == end, "two steps of the second epoch were left, and the third epoch"
+    (schedule,) = torch.load(checkpoint_path(config.run_dir, end), weights_only=True)["lr_schedulers"]
+    assert (schedule["total_steps"], schedule["warmup_steps"], schedule["last_epoch"]) == (9, 2, 9)
+    assert schedule["_last_lr"] == [0.0, 0.0]

@@ -1,0 +1,166 @@
+"""What our metrics, curves and callbacks add to a training step: CPU time beside a bare Lightning Trainer and a plain loop.
+
+All contenders train the same tiny network on the same batch, which lies ready in memory. They take turns in one process, so
+that a machine that is busy with something else for a while slows all of them alike. The bare Trainer has DDP, and no logger,
+no bar and no callback; ours writes its curves to MLflow.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pipeline.bench.measure import Figures
+from pipeline.config import Config, DataConfig, ModelConfig, PreprocessConfig, TrainerConfig
+from pipeline.console import say
+from pipeline.data.dataset import Batch, ShardDataset
+from pipeline.data.order import SampleRef
+from pipeline.data.writer import prepare_dataset
+from pipeline.manifest import DatasetManifest
+from pipeline.models.sequential import build_network
+from pipeline.preprocess import PreprocessSpec
+from pipeline.pretraining import spec_for
+from pipeline.run import open_run
+from pipeline.tracking.run import open_tracker
+from pipeline.training.checkpoint import identity_of
+from pipeline.training.checkpoint_writer import CheckpointWriter
+from pipeline.training.classifier import Classifier
+from pipeline.training.fit import build_callbacks, build_trainer, training_options
+from pipeline.training.optim import build_optimizer
+
+WARM_UP_STEPS = 50
+
+
+class Steps:
+    """The same batch again and again; the clock runs from step WARM_UP_STEPS to the last."""
+
+    def __init__(self, batch: Batch, num_steps: int) -> None:
+        self.batch, self.num_steps = batch, num_steps
+        self.cpu_seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        begun = time.process_time()
+        for step in range(self.num_steps):
+            if step == WARM_UP_STEPS:
+                begun = time.process_time()
+            self.cpu_seconds = time.process_time() - begun  # Lightning counts the batches, and never asks for one too many
+            yield self.batch
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint says of a loader."""
+        return {"epoch": 0, "batch": self.num_steps}
+
+    @property
+    def microseconds(self) -> float:
+        """CPU time of a step."""
+        return 1e6 * self.cpu_seconds / (self.num_steps - 1 - WARM_UP_STEPS)
+
+
+class Bare(L.LightningModule):
+    """What a tutorial writes: forward, loss, optimizer."""
+
+    def __init__(self, network: nn.Module, config: Config) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """The loss of a batch."""
+        return functional.cross_entropy(self.network(batch["image"]), batch["label"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer of the others."""
+        return build_optimizer(self.network, self.config.optimizer)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every contender trains: a tiny network on 16 x 16 digits."""
+
+    config: Config
+    manifest: DatasetManifest
+    spec: PreprocessSpec
+
+    def network(self) -> nn.Sequential:
+        """The network, the same each time."""
+        torch.manual_seed(self.config.seed)
+        return build_network(self.config.model, len(self.manifest.class_names), self.spec)
+
+    def batch(self) -> Batch:
+        """The first samples of the training split."""
+        dataset = ShardDataset(self.manifest, "train", self.spec)
+        return dataset.__getitems__([SampleRef(index, 0, 1.0) for index in range(self.config.data.global_batch_size)])
+
+
+def step_costs(folder: Path, num_steps: int, rounds: int) -> dict[str, Figures]:
+    """Microseconds of CPU that a step takes, by contender: the median and the least of `rounds` turns.
+
+    The least are compared: a busy machine only ever adds. Data set and runs stay in `folder`.
+    """
+    config = Config(
+        runs_dir=str(folder / "runs"),
+        preprocess=PreprocessConfig(resize=[16, 16]),
+        data=DataConfig(global_batch_size=8),
+        model=ModelConfig(channels=[8], dropout=0.0),
+        trainer=TrainerConfig(max_epochs=1),
+    )
+    manifest, _ = prepare_dataset(config.dataset, folder / "digits")
+    material = Material(config, manifest, spec_for(config, manifest))
+    contenders = {"plain loop": _train_plainly, "bare Trainer": _train_bare, "shardline train": _train_as_ours}
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        say(f"{num_steps:,} steps of each: {number + 1}/{rounds}")
+        for name, train in contenders.items():
+            steps = Steps(material.batch(), num_steps)
+            train(material, steps)
+            found[name].append(steps.microseconds)
+    bare = min(found["bare Trainer"])
+    return {
+        name: {"us a step": statistics.median(turns), "least": min(turns), "above bare": min(turns) - bare}
+        for name, turns in found.items()
+    }
+
+
+def _train_plainly(material: Material, steps: Steps) -> None:
+    network = material.network()
+    optimizer = build_optimizer(network, material.config.optimizer)
+    for batch in steps:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(network(batch["image"]), batch["label"])
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+
+def _train_bare(material: Material, steps: Steps) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy="ddp",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(Bare(material.network(), material.config), train_dataloaders=steps)
+
+
+def _train_as_ours(material: Material, steps: Steps) -> None:
+    config = replace(material.config, name=f"run-{time.time_ns()}")
+    record, _ = open_run(config, material.manifest)
+    tracker = open_tracker(config, record)
+    writer = CheckpointWriter(config, material.manifest, identity_of(record), config.run_dir)
+    callbacks = build_callbacks(config, material.manifest, material.spec, writer, tracker)
+    module = Classifier(material.network(), config, len(material.manifest.class_names), total_steps=len(steps))
+    trainer = build_trainer(config, callbacks, **training_options(config), limit_val_batches=0)
+    trainer.fit(module, train_dataloaders=steps)
+    tracker.finish()

@@ -1,0 +1,60 @@
+"""A network that knows five digits learns five others from a few samples; one that knows nothing does not, on equal terms."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.processes import shardline
+
+SAMPLES_A_CLASS = 6  # of a digit that is new; as many again choose the best checkpoint
+COMMON = """
+seed: 3
+data: {global_batch_size: 10, drop_last: false, augment: {rotate_degrees: 10, translate: 0.08}}
+model: {channels: [32, 64, 128], %s}
+optimizer: {name: SGD, lr: 0.02, args: {weight_decay: 5.0e-4}%s}
+scheduler: {name: WarmupCosine}
+trainer: {max_epochs: %d, monitor: val/loss}
+"""
+SIZE = "preprocess: {resize: [16, 16]}\n"
+EPOCHS = 15
+
+
+def write_digits(folder: Path) -> None:
+    """FOLDER/known/DIGIT/N.png of 0 to 4, and FOLDER/new/{train,val,test}/DIGIT/N.png of 5 to 9."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    seen = dict.fromkeys(range(10), 0)
+    for number, (pixels, label) in enumerate(zip(digits.images, digits.target.tolist(), strict=True)):
+        place = "known"
+        if label >= 5:
+            place = ("train", "val", "test")[min(seen[label] // SAMPLES_A_CLASS, 2)]
+            place = f"new/{place}"
+            seen[label] += 1
+        path = folder / place / str(label) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15.9).astype(np.uint8)).save(path)
+
+
+def run(folder: Path, name: str, source: str, text: str) -> float:
+    """Shard, train and evaluate; returns the accuracy on the test split."""
+    (folder / f"{name}.yaml").write_text(text)
+    options = [f"--config={name}.yaml", f"--name={name}", f"--dataset.source={source}", f"--dataset.path=data/{source}"]
+    for verb in ("shard", "train", "evaluate"):
+        done = shardline(verb, *options, cwd=folder, PROCS="1")
+        assert done.returncode == 0, done.stderr
+    return float(json.loads((folder / f"runs/{name}/evaluation/test.json").read_text())["accuracy"])
+
+
+@pytest.mark.slow
+def test_five_new_digits_are_learned_from_a_few_samples_by_who_knows_five_others(tmp_path: Path) -> None:
+    write_digits(tmp_path)
+    assert run(tmp_path, "known", "known", SIZE + COMMON % ("dropout: 0.2", "", EPOCHS)) > 0.97
+    weights = "weights: runs/known/checkpoints/best.ckpt, freeze: [features], unfreeze: {features: 5}"
+    # The normalisation comes with the weights, so this configuration has no `preprocess`.
+    tuned = run(tmp_path, "tuned", "new", COMMON % (weights, ", lr_factors: {features: 0.3}", EPOCHS))
+    scratch = run(tmp_path, "scratch", "new", SIZE + COMMON % ("dropout: 0.2", "", EPOCHS))
+    assert tuned > scratch + 0.03, f"{tuned} and {scratch}"
