@@ -24,6 +24,7 @@ from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import build_network, count_parameters
 from pipeline.preprocess import PreprocessSpec, spec_for
 from pipeline.run import RunRecord, open_run
+from pipeline.task import task_of
 from pipeline.tracking.run import RunTracker, open_tracker
 from pipeline.training.bad_samples import BadSampleLedger
 from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
@@ -122,9 +123,10 @@ def _fit_rank(
     spec = spec_for(config.preprocess, manifest)
     assert spec.fixed_size is not None
     L.seed_everything(config.seed, verbose=False)
-    network = build_network(config.model, len(manifest.class_names), spec)
+    task = task_of(manifest, config)
+    network = build_network(config.model, task.num_outputs, spec)
     steps_per_epoch = training_steps_per_epoch(manifest, config.data)
-    module = Classifier(network, config, len(manifest.class_names), total_steps=steps_per_epoch * config.trainer.max_epochs)
+    module = Classifier(network, config, task, total_steps=steps_per_epoch * config.trainer.max_epochs)
     writer = CheckpointWriter(config, manifest, identity, config.run_dir)
     trainer = build_trainer(config, build_callbacks(config, manifest, spec, writer, tracker), **training_options(config))
     if trainer.is_global_zero:

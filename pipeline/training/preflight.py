@@ -11,15 +11,15 @@ from pipeline.data.mixing import require_mixable
 from pipeline.data.order import local_batch_size, training_steps_per_epoch
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DatasetManifest, require_labels
+from pipeline.metrics import TOP
 from pipeline.models.sequential import build_network, require_forward
 from pipeline.preprocess import PreprocessSpec, spec_for
-from pipeline.task import require_supported
+from pipeline.task import Task, task_of
 from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
 
 def require_trainable(config: Config, manifest: DatasetManifest, world_size: int) -> None:
     """Refuse, before any rank starts, everything that would make one fail. Raises ConfigError or DataError."""
-    require_supported(manifest.task)
     require_room(manifest, config.data)
     spec = spec_for(config.preprocess, manifest)
     require_mixable(config.data.augment, local_batch_size(config.data.micro_batch_size, world_size))
@@ -31,6 +31,8 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
     indexed = {"train", "val", manifest.evaluation_split} - set(manifest.streams)
     for split in sorted(indexed):
         require_labels(manifest, split)
+    task = task_of(manifest, config)
+    require_monitored(config, task)
     batches = training_steps_per_epoch(manifest, config.data)
     if not batches:
         raise DataError(
@@ -47,10 +49,16 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
             f"`trainer.timeout_seconds` ({config.trainer.timeout_seconds:g}) must be longer than `data.timeout_seconds` "
             f"({config.data.timeout_seconds:g}), or a slow loader is taken for a lost process."
         )
-    network = build_network(config.model, len(manifest.class_names), spec)
+    network = build_network(config.model, task.num_outputs, spec)
     require_forward(network, spec)
     length = scheduler_length(config.scheduler, batches * config.trainer.max_epochs, config.trainer.max_epochs)
     _require_steps(config, network, spec, length)
+
+
+def require_monitored(config: Config, task: Task) -> None:
+    """Refuse a monitor that this task does not have. Raises ConfigError."""
+    if config.trainer.monitor == "val/top5" and (task.kind != "single" or task.num_classes <= TOP):
+        raise ConfigError("`trainer.monitor` is val/top5, which needs more than 5 classes and one label an image.")
 
 
 def _require_steps(config: Config, network: nn.Sequential, spec: PreprocessSpec, length: int) -> None:

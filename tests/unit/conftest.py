@@ -19,12 +19,16 @@ from pipeline.export.graph import export_graph
 from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec, build_spec
+from pipeline.task import Task
 
 COLOURS = {"blue": (30, 40, 210), "green": (30, 200, 50), "red": (220, 40, 30)}
 IMAGES_PER_CLASS = 20
 SIDE = 16
 # Of each class 12 images train, 4 validate and 4 test: shards of 5, 5, 5, 5, 5, 5, 5, 1 and twice 5, 5, 2.
 TINY_SPLIT = DatasetConfig(val_fraction=0.2, test_fraction=0.2, samples_per_shard=5)
+
+# The task of the tiny data set.
+THREE_CLASSES = Task("single", (1 / 3, 1 / 3, 1 / 3))
 
 ImageFolder = Callable[[Path, dict[str, int]], Path]
 
@@ -113,6 +117,6 @@ def exported_model(tiny_network: nn.Sequential, tiny_spec: PreprocessSpec) -> on
         "job_id": "a" * 32,
         "versions": {"torch": torch.__version__},
     }
-    model = export_graph(tiny_network, tiny_spec, 20, metadata)
+    model = export_graph(tiny_network, THREE_CLASSES, tiny_spec, 20, metadata)
     tiny_network.eval()
     return model

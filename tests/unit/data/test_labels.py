@@ -46,9 +46,9 @@ def test_a_label_that_is_none_is_refused(rule: str, content: bytes, message: str
 
 def test_a_sample_is_read_by_its_rule() -> None:
     members = {"png": b"P", "jpg": b"J", "seg.png": b"S", "cls": b"1", "json": b'{"kind": "cat"}', "pkl": b"evil"}
-    assert SampleRule("cls", "", NAMES).read(members) == (b"J", 1)
-    assert SampleRule("json:kind", "png", NAMES).read(members) == (b"P", 0)
-    assert SampleRule("cls", "seg.png", NAMES).read(members) == (b"S", 1)
+    assert SampleRule("cls", "", NAMES).read(members) == (b"J", [1])
+    assert SampleRule("json:kind", "png", NAMES).read(members) == (b"P", [0])
+    assert SampleRule("cls", "seg.png", NAMES).read(members) == (b"S", [1])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pipeline.data.dataset import ShardDataset
 from pipeline.export.parity import Parity, compare, describe_failure
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
+from tests.unit.conftest import THREE_CLASSES
 from tests.unit.export.test_graph import add_training_dropout
 
 CONFIG = ExportConfig(max_batch_size=5)
@@ -23,7 +24,7 @@ def dataset(tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec) -> ShardDa
 
 
 def ask(network: nn.Sequential, model: onnx.ModelProto, dataset: ShardDataset) -> Parity:
-    return compare(network, model.SerializeToString(), "s" * 64, dataset, CONFIG)
+    return compare(network, THREE_CLASSES, model.SerializeToString(), "s" * 64, dataset, CONFIG)
 
 
 def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -89,7 +90,7 @@ def test_a_split_smaller_than_the_largest_batch_is_repeated(
     tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
 ) -> None:
     config = dataclasses.replace(CONFIG, max_batch_size=32)
-    parity = compare(tiny_network, exported_model.SerializeToString(), "s" * 64, dataset, config)
+    parity = compare(tiny_network, THREE_CLASSES, exported_model.SerializeToString(), "s" * 64, dataset, config)
     assert parity.passed
     assert max(case.batch for case in parity.cases) == 32
     assert parity.num_samples == 12
@@ -103,7 +104,7 @@ def test_another_class_fails_however_wide_the_tolerance(
     (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == last.input[1]]
     weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
     wide = dataclasses.replace(CONFIG, tolerance=1e9)
-    parity = compare(tiny_network, model.SerializeToString(), "s" * 64, dataset, wide)
+    parity = compare(tiny_network, THREE_CLASSES, model.SerializeToString(), "s" * 64, dataset, wide)
     assert all(case.max_abs <= case.tolerance for case in parity.cases)
     assert parity.top1_agreement == 0.0, "the most probable class became the least"
     assert not parity.passed

@@ -18,6 +18,7 @@ from pipeline.manifest import DatasetManifest
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.run import RunRecord
+from pipeline.task import task_of
 from pipeline.training.checkpoint_writer import DurableCheckpointIO
 from pipeline.training.classifier import Classifier
 from pipeline.training.fit import training_options
@@ -59,9 +60,10 @@ def make_classifier(tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> Call
 
     def make(config: Config) -> Classifier:
         L.seed_everything(config.seed, verbose=False)
-        network = build_network(config.model, len(tiny_dataset.class_names), spec)
+        task = task_of(tiny_dataset, config)
+        network = build_network(config.model, task.num_outputs, spec)
         steps = steps_per_epoch(36, config.data.global_batch_size, drop_last=config.data.drop_last)
-        return Classifier(network, config, len(tiny_dataset.class_names), total_steps=steps * config.trainer.max_epochs)
+        return Classifier(network, config, task, total_steps=steps * config.trainer.max_epochs)
 
     return make
 
