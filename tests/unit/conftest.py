@@ -64,6 +64,24 @@ def tiny_dataset(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return write_dataset(open_source(config), config, tmp_path_factory.mktemp("dataset") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def multi_dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetManifest:
+    """40 images of 16 x 16 pixels with every set of the labels blue, green and red, each a stripe of its colour. Read-only."""
+    folder = tmp_path_factory.mktemp("multi")
+    lines = ["path,label"]
+    for number in range(40):
+        shown = [name for place, name in enumerate(COLOURS) if number % 8 >> place & 1]
+        pixels = np.random.default_rng(number).integers(80, 120, (SIDE, SIDE, 3)).astype(np.uint8)  # (H, W, 3)
+        for name in shown:
+            place = 5 * list(COLOURS).index(name)
+            pixels[:, place : place + 5] = COLOURS[name]
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        lines.append(f"{number:02d}.png,{'|'.join(shown)}")
+    (folder / "table.csv").write_text("\n".join(lines))
+    config = dataclasses.replace(TINY_SPLIT, source=str(folder / "table.csv"))
+    return write_dataset(open_source(config), config, folder / "shards")
+
+
 @pytest.fixture
 def copied_dataset(tiny_dataset: DatasetManifest, tmp_path: Path) -> DatasetManifest:
     """A copy of `tiny_dataset` that a test may damage."""

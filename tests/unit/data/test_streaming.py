@@ -162,3 +162,18 @@ def test_an_evaluation_of_the_same_data_set_is_exact(streamed: DatasetManifest, 
     loader: Any = ShardDataModule(streamed, tiny_spec, CONFIG, seed=1999).val_dataloader()
     assert isinstance(loader, ResumableLoader)
     assert sum(int(batch["weight"].sum()) for batch in loader) == 12
+
+
+def test_a_stream_of_several_labels_has_the_rows_of_the_indexed_path(
+    multi_dataset: DatasetManifest, tiny_spec: PreprocessSpec
+) -> None:
+    indexed = ShardDataset(multi_dataset, "train", tiny_spec)
+    config = dataclasses.replace(CONFIG, shuffle_buffer=1, global_batch_size=len(indexed))
+    batch = next(iter(stream_of(without_index(multi_dataset), tiny_spec, config)))
+    assert batch["label"].dtype == torch.uint8
+    assert float(batch["weight"].min()) == 1.0, "an image without a label is none that cannot be read"
+    labels_of = {
+        image.contiguous().numpy().tobytes(): tuple(label.tolist()) for image, label in map(indexed.__getitem__, range(24))
+    }
+    found = zip(batch["image"], batch["label"], strict=True)
+    assert {image.contiguous().numpy().tobytes(): tuple(label.tolist()) for image, label in found} == labels_of
