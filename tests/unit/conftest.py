@@ -27,8 +27,9 @@ SIDE = 16
 # Of each class 12 images train, 4 validate and 4 test: shards of 5, 5, 5, 5, 5, 5, 5, 1 and twice 5, 5, 2.
 TINY_SPLIT = DatasetConfig(val_fraction=0.2, test_fraction=0.2, samples_per_shard=5)
 
-# The task of the tiny data set.
+# The tasks of the tiny data set, and of that with several labels.
 THREE_CLASSES = Task("single", (1 / 3, 1 / 3, 1 / 3))
+THREE_LABELS = Task("multi", (1 / 2, 1 / 2, 1 / 2))
 
 ImageFolder = Callable[[Path, dict[str, int]], Path]
 
@@ -124,17 +125,27 @@ def tiny_network(tiny_spec: PreprocessSpec) -> nn.Sequential:
 @pytest.fixture(scope="session")
 def exported_model(tiny_network: nn.Sequential, tiny_spec: PreprocessSpec) -> onnx.ModelProto:
     """`tiny_network` as an ONNX model, exported once (3 seconds) from training mode. Copy before changing."""
-    tiny_network.train()
+    return _export(tiny_network, tiny_spec, THREE_CLASSES)
+
+
+@pytest.fixture(scope="session")
+def multi_model(tiny_network: nn.Sequential, tiny_spec: PreprocessSpec) -> onnx.ModelProto:
+    """`tiny_network` as if it had learned three labels an image. Copy before changing."""
+    return _export(tiny_network, tiny_spec, THREE_LABELS)
+
+
+def _export(network: nn.Sequential, spec: PreprocessSpec, task: Task) -> onnx.ModelProto:
+    network.train()
     metadata: dict[str, object] = {
         "format_version": 1,
         "class_names": list(COLOURS),
-        "task": "single",
-        "preprocess": dataclasses.asdict(tiny_spec),
-        "preprocess_hash": tiny_spec.hash(),
+        "task": task.kind,
+        "preprocess": dataclasses.asdict(spec),
+        "preprocess_hash": spec.hash(),
         "data_digest": "d" * 64,
         "job_id": "a" * 32,
         "versions": {"torch": torch.__version__},
     }
-    model = export_graph(tiny_network, THREE_CLASSES, tiny_spec, 20, metadata)
-    tiny_network.eval()
+    model = export_graph(network, task, spec, 20, metadata)
+    network.eval()
     return model

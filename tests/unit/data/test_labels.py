@@ -51,6 +51,16 @@ def test_a_sample_is_read_by_its_rule() -> None:
     assert SampleRule("cls", "seg.png", NAMES).read(members) == (b"S", [1])
 
 
+def test_a_sample_may_have_several_labels_or_where_the_data_set_is_such_none() -> None:
+    members = {"jpg": b"J", "json": b'{"labels": ["bird", 0]}'}
+    names = ("cat", "dog", "bird")
+    assert SampleRule("json:labels", "", names).read(members) == (b"J", [2, 0])
+    empty = {"jpg": b"J", "json": b'{"labels": []}'}
+    assert SampleRule("json:labels", "", names, may_have_none=True).read(empty) == (b"J", [])
+    with pytest.raises(DataError, match="has no label"):
+        SampleRule("json:labels", "", names).read(empty)
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

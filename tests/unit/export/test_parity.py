@@ -9,10 +9,10 @@ from torch import nn
 
 from pipeline.config import ExportConfig
 from pipeline.data.dataset import ShardDataset
-from pipeline.export.parity import Parity, compare, describe_failure
+from pipeline.export.parity import Parity, _same_answers, compare, describe_failure
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
-from tests.unit.conftest import THREE_CLASSES
+from tests.unit.conftest import THREE_CLASSES, THREE_LABELS
 from tests.unit.export.test_graph import add_training_dropout
 
 CONFIG = ExportConfig(max_batch_size=5)
@@ -120,3 +120,24 @@ def test_the_network_is_asked_in_evaluation_mode_whatever_mode_it_comes_in(
     finally:
         tiny_network.eval()
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_network.state_dict().items())
+
+
+# ---- several labels an image ----
+
+
+def test_a_model_of_several_labels_passes_and_one_of_another_task_does_not(
+    tiny_network: nn.Sequential, multi_model: onnx.ModelProto, exported_model: onnx.ModelProto, dataset: ShardDataset
+) -> None:
+    parity = compare(tiny_network, THREE_LABELS, multi_model.SerializeToString(), "s" * 64, dataset, CONFIG)
+    assert parity.passed
+    assert parity.top1_agreement == 1.0
+    other = compare(tiny_network, THREE_LABELS, exported_model.SerializeToString(), "s" * 64, dataset, CONFIG)
+    assert not other.passed
+    assert other.top1_agreement < 1.0, "a softmax puts other labels over 0.5 than a sigmoid does"
+
+
+def test_answers_agree_where_every_label_is_on_the_same_side_or_on_the_edge() -> None:
+    wanted = np.array([[0.9, 0.1], [0.5, 0.1], [0.9, 0.6], [0.499, 0.1]], np.float32)
+    found = np.array([[0.8, 0.2], [0.499999, 0.1], [0.9, 0.4], [0.501, 0.1]], np.float32)
+    same = _same_answers(THREE_LABELS, {"probabilities": wanted}, {"probabilities": found})
+    assert same.tolist() == [True, True, False, False]

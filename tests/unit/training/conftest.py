@@ -55,14 +55,16 @@ def own_signals() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_classifier(tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> Callable[[Config], Classifier]:
+def make_classifier(tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> Callable[..., Classifier]:
     """A function that gives the module of a configuration, its weights drawn from the seed."""
 
-    def make(config: Config) -> Classifier:
+    def make(config: Config, manifest: DatasetManifest = tiny_dataset) -> Classifier:
         L.seed_everything(config.seed, verbose=False)
-        task = task_of(tiny_dataset, config)
+        task = task_of(manifest, config)
         network = build_network(config.model, task.num_outputs, spec)
-        steps = steps_per_epoch(36, config.data.global_batch_size, drop_last=config.data.drop_last)
+        steps = steps_per_epoch(
+            manifest.split("train").num_samples, config.data.global_batch_size, drop_last=config.data.drop_last
+        )
         return Classifier(network, config, task, total_steps=steps * config.trainer.max_epochs)
 
     return make
@@ -70,14 +72,14 @@ def make_classifier(tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> Call
 
 @pytest.fixture
 def fit(
-    tiny_dataset: DatasetManifest, spec: PreprocessSpec, make_classifier: Callable[[Config], Classifier], own_signals: None
+    tiny_dataset: DatasetManifest, spec: PreprocessSpec, make_classifier: Callable[..., Classifier], own_signals: None
 ) -> Fit:
     """A function that trains a configuration with some callbacks, from a checkpoint and on another data set if given."""
 
     def train(
         config: Config, *callbacks: L.Callback, resume: Path | None = None, manifest: DatasetManifest = tiny_dataset
     ) -> Classifier:
-        module = make_classifier(config)
+        module = make_classifier(config, manifest)
         data = ShardDataModule(manifest, spec, config.data, config.seed)
         make_trainer(config, *callbacks).fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         return module

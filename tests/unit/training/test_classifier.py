@@ -72,6 +72,68 @@ def test_the_loss_of_a_mixed_batch_belongs_to_both_labels(tiny_config: Config, m
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)  # float32, added in another order
 
 
+def test_class_weights_and_smoothing_are_in_the_loss_and_not_in_its_divisor(
+    tiny_config: Config, make_classifier: MakeClassifier
+) -> None:
+    weights = [0.5, 2.0, 3.0]
+    config = change(change(tiny_config, "model", dropout=0.0, norm="group"), "loss", class_weights=weights, label_smoothing=0.1)
+    module, batch = make_classifier(config), batch_of([1.0] * 4)
+    loss = float(module.training_step(batch, 0))
+    logits = module(batch["image"]).detach()
+    losses = functional.cross_entropy(logits, batch["label"], torch.tensor(weights), label_smoothing=0.1, reduction="sum")
+    assert loss == pytest.approx(float(losses) / 4, rel=1e-6)  # float32
+
+
+# ---- several labels an image ----
+
+
+def rows_of(manifest: DatasetManifest, spec: PreprocessSpec, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images (N, 3, H, W) and label rows (N, K) of a split."""
+    dataset = ShardDataset(manifest, name, spec)
+    images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def test_several_labels_are_learned_measured_and_kept_for_each_sample(
+    tiny_config: Config, multi_dataset: DatasetManifest, spec: PreprocessSpec, fit: Fit
+) -> None:
+    config = change(change(tiny_config, "optimizer", name="Adam", lr=0.02), "trainer", max_epochs=6)
+    module = fit(change(config, "model", norm="group"), manifest=multi_dataset)
+    images, labels = rows_of(multi_dataset, spec, "val")
+    with torch.no_grad():
+        logits = module.network.eval()(images)
+    assert module.metrics is not None
+    assert module.metrics.accuracy == float(((logits >= 0) == labels).all(dim=1).double().mean())
+    expected = functional.binary_cross_entropy_with_logits(logits, labels.float())
+    assert module.metrics.loss == pytest.approx(float(expected), rel=1e-5)  # batches of other sizes, in float32
+    assert module.metrics.loss < 0.6, "less than ln 2 an output"
+
+    data = ShardDataModule(multi_dataset, spec, config.data, config.seed)
+    make_trainer(config).test(module, datamodule=data, verbose=False)
+    (rows,) = module.predictions  # (N, 1 + K)
+    images, _ = rows_of(multi_dataset, spec, "test")
+    with torch.no_grad():
+        shown = module.network.eval()(images).sigmoid()
+    assert rows[:, 0].tolist() == list(range(len(images)))
+    torch.testing.assert_close(rows[:, 1:].float(), shown, rtol=1e-5, atol=1e-6)  # as above
+
+
+def test_mixed_images_have_the_labels_of_both_in_part(
+    tiny_config: Config, multi_dataset: DatasetManifest, spec: PreprocessSpec, make_classifier: Callable[..., Classifier]
+) -> None:
+    config = change(change(tiny_config, "model", dropout=0.0, norm="group"), "data", augment=AugmentConfig(mixup=0.4))
+    module = make_classifier(config, multi_dataset)
+    images, labels = (part[:4] for part in rows_of(multi_dataset, spec, "train"))
+    batch = Batch(image=images, label=labels, weight=torch.ones(4), index=torch.arange(4), bad=[])
+    loss = float(module.training_step(batch, 0))
+    mixed = mix_batch(images, labels, batch["weight"], config.data.augment, config.seed, step=0)
+    assert mixed is not None
+    share = mixed.share[:, None]
+    targets = share * labels + (1 - share) * labels[[1, 0, 3, 2]]
+    expected = functional.binary_cross_entropy_with_logits(module(mixed.image).detach(), targets)
+    assert loss == pytest.approx(float(expected), rel=1e-6)  # float32
+
+
 class Interfere(L.Callback):
     """Draws random numbers between steps, as any other callback may."""
 
@@ -135,8 +197,9 @@ def test_a_test_keeps_the_prediction_of_each_sample_in_order(
     torch.testing.assert_close(rows[:, 2].float(), confidence, rtol=1e-5, atol=1e-6)  # as above
 
 
-def test_the_monitor_decides_by_accuracy_or_loss(tiny_config: Config) -> None:
-    metrics = Metrics(4, accuracy=0.75, loss=0.5, recall=[])
+def test_the_monitor_may_be_any_figure(tiny_config: Config) -> None:
+    metrics = Metrics(4, accuracy=0.75, loss=0.5, recall=[], auroc=0.875)
+    assert monitored(change(tiny_config, "trainer", monitor="val/auroc"), metrics) == 0.875
     assert monitored(change(tiny_config, "trainer", monitor="val/accuracy"), metrics) == 0.75
     assert monitored(change(tiny_config, "trainer", monitor="val/loss"), metrics) == 0.5
 
