@@ -465,9 +465,12 @@ def _show_result(run_dir: Path, next_command: str) -> None:
     path = run_dir / "evaluation" / "test.json"
     result = json.loads(path.read_text())
     worst = sorted((recall, name) for name, recall in result["recall"].items() if recall is not None)[:3]
+    others = {"top5": "top-5", "label_accuracy": "of single labels", "macro_f1": "macro F1", "auroc": "AUROC"}
+    others |= {"average_precision": "average precision", "ece": "calibration error"}
     facts = {
         "accuracy": f"{result['accuracy']:.4f} on {_which_samples(result)} of {result['split']}",
         "loss": f"{result['loss']:.4f}",
+        "also": ", ".join(f"{words} {result[name]:.4f}" for name, words in others.items() if name in result),
         "hardest": ", ".join(f"{name} (recall {recall:.3f})" for recall, name in worst),
         "in": str(path),
     }
@@ -602,7 +605,7 @@ def predict(argv: list[str]) -> int:
     from pipeline.serving.predictor import Predictor
 
     predictor = Predictor(Path(options.model))
-    rows, mistakes = [], []
+    rows, mistakes = list[dict[str, Any]](), []
     for image in options.images:
         try:
             answer = predictor.predict(Path(image))
@@ -610,10 +613,10 @@ def predict(argv: list[str]) -> int:
             mistakes.append(str(error))
             rows.append({"image": image, "error": str(error)})
         else:
-            rows.append(
-                {"image": image, "label": answer.label, "probability": answer.probability}
-                | {"probabilities": answer.probabilities}
-            )
+            found = {"label": answer.label, "probability": answer.probability}
+            if predictor.is_multi:
+                found = {"labels": answer.labels}
+            rows.append({"image": image, **found, "probabilities": answer.probabilities})
     _show_predictions(rows, options)
     if mistakes:
         more = f" (And {len(mistakes) - 1} more.)" if len(mistakes) > 1 else ""
@@ -621,7 +624,7 @@ def predict(argv: list[str]) -> int:
     return 0
 
 
-def _show_predictions(rows: list[dict[str, object]], options: "Namespace") -> None:
+def _show_predictions(rows: list[dict[str, Any]], options: "Namespace") -> None:
     if options.json:
         import json
 
@@ -633,8 +636,10 @@ def _show_predictions(rows: list[dict[str, object]], options: "Namespace") -> No
     table = Table("image", "label", "probability")
     table.columns[2].justify = "right"
     for row in rows:
-        if "label" in row:
-            table.add_row(str(row["image"]), str(row["label"]), f"{row['probability']:.4f}")
+        if "error" not in row:
+            labels = row.get("labels", [row.get("label")])
+            shown = ", ".join(f"{row['probabilities'][label]:.4f}" for label in labels)
+            table.add_row(row["image"], ", ".join(labels) or "(none)", shown)
     if table.row_count:
         Console().print(table)
 

@@ -23,6 +23,7 @@ if typing.TYPE_CHECKING:
     from yaml import SafeLoader
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Monitor = Literal["val/accuracy", "val/loss", "val/top5", "val/macro_f1", "val/auroc", "val/average_precision", "val/ece"]
 Normalization = Literal["dataset", "imagenet", "kinetics", "clip", "inception", "none"]
 Norm = Literal["batch", "group", "none"]
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu"]
@@ -101,6 +102,7 @@ class DataConfig:
     global_batch_size: int = setting(64, "samples an optimizer step sees, over all ranks")
     drop_last: bool = setting(True, "drop an epoch's tail; false pads it with masked samples")
     shuffle_shards: int = setting(8, "samples are shuffled within windows of this many shuffled shards")
+    balance_classes: bool = setting(False, "an epoch draws each class equally often; its samples come in whole shuffled passes")
     accumulate: int = setting(1, "parts that each process works through, one after the other, for one step: less memory")
     steps_per_epoch: int | None = setting(None, "steps called an epoch; null: the whole split (streamed shards need a number)")
     limit_val_batches: int | None = setting(None, "validate on only so many global batches; null: the whole split")
@@ -163,6 +165,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """What training minimises; the weights multiply a sample's loss, which is then divided by the number of samples."""
+
+    name: Literal["auto", "cross_entropy", "bce"] = setting(
+        "auto",
+        "auto: cross_entropy for one label an image, bce (binary cross-entropy with logits) for several or for yes and no",
+    )
+    label_smoothing: float = setting(
+        0.0, "share of each target that goes to all classes alike; of bce, half of it to each answer"
+    )
+    class_weights: Literal["balanced"] | list[float] | None = setting(
+        None, "weight of each class in cross_entropy; balanced: all samples / (classes * samples of the class)"
+    )
+    pos_weight: Literal["balanced"] | list[float] | None = setting(
+        None, "weight of each output's positives in bce; balanced: negatives / positives"
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """Any optimizer of torch.optim."""
 
@@ -203,7 +224,7 @@ class TrainerConfig:
         "stop", "a step whose loss or gradient is not finite ends the run, or is skipped"
     )
     validate_every_steps: int | None = setting(None, "steps between two validations; null: one at each epoch's end")
-    monitor: Literal["val/accuracy", "val/loss"] = setting("val/accuracy", "what makes a checkpoint the best")
+    monitor: Monitor = setting("val/accuracy", "what makes a checkpoint the best; of val/loss and val/ece the smallest")
     early_stopping: int | None = setting(None, "end after so many validations without a better one; null: never")
     checkpoint_every_steps: int | None = setting(None, "steps between two checkpoints; null: by minutes only", identity=False)
     checkpoint_every_minutes: float = setting(5.0, "longest time between two checkpoints", identity=False)
@@ -248,6 +269,7 @@ class Config:
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -546,6 +568,7 @@ RANGES = {
     "model.dropout": SHARE,
     "model.feature_dropout": SHARE,
     "model.stochastic_depth": SHARE,
+    "loss.label_smoothing": SHARE,
     "optimizer.lr": POSITIVE,
     "trainer.max_epochs": COUNT,
     "trainer.gradient_clip_norm": POSITIVE,

@@ -274,8 +274,29 @@ def open_labels(manifest: DatasetManifest, split_name: str) -> npt.NDArray[np.ui
     return labels
 
 
+def counts_per_epoch(manifest: DatasetManifest) -> tuple[list[float], float]:
+    """How often a training epoch shows each class, and how many samples it has, by the weights of the shards."""
+    train = manifest.split("train")
+    weights = np.array([shard.weight for shard in train.shards])
+    if (weights == 1.0).all():
+        return [float(count) for count in train.class_counts], float(train.num_samples)
+    rows, counts = open_index(manifest, "train"), np.zeros(len(manifest.class_names))
+    labels = open_labels(manifest, "train") if manifest.task == "multi" else None
+    for first in range(0, len(rows), ROWS_AT_A_TIME):
+        part = rows[first : first + ROWS_AT_A_TIME]
+        drawn = weights[part["shard"]]  # (n,)
+        if labels is None:
+            counts += np.bincount(part["label"], weights=drawn, minlength=len(counts))
+        else:
+            counts += drawn @ labels[first : first + ROWS_AT_A_TIME]
+    return counts.tolist(), float(sum(shard.weight * shard.num_samples for shard in train.shards))
+
+
 def require_labels(manifest: DatasetManifest, split_name: str) -> None:
-    """Read a split's whole index and refuse a label outside of the classes. Raises DataError naming the sample."""
+    """Read all labels of a split and refuse one outside of the classes. Raises DataError naming the sample."""
+    if manifest.task == "multi":
+        _require_label_rows(manifest, split_name)
+        return
     rows = open_index(manifest, split_name)
     num_classes = len(manifest.class_names)
     for first in range(0, len(rows), ROWS_AT_A_TIME):
@@ -286,4 +307,16 @@ def require_labels(manifest: DatasetManifest, split_name: str) -> None:
                 f"{manifest.folder / manifest.split(split_name).index.name}: sample {first + outside[0]} has label "
                 f"{labels[outside[0]]}, outside the {num_classes} classes (0 to {num_classes - 1}). "
                 "Correct its label and rebuild with `shardline shard --fresh`."
+            )
+
+
+def _require_label_rows(manifest: DatasetManifest, split_name: str) -> None:
+    labels, entry = open_labels(manifest, split_name), manifest.split(split_name).labels
+    for first in range(0, len(labels), ROWS_AT_A_TIME):
+        wrong = np.flatnonzero((labels[first : first + ROWS_AT_A_TIME] > 1).any(axis=1))
+        if len(wrong):
+            assert entry is not None
+            raise DataError(
+                f"{manifest.folder / entry.name}: the labels of sample {first + wrong[0]} are not 0 and 1. "
+                "Rebuild with `shardline shard --fresh`."
             )

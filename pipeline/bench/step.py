@@ -23,10 +23,11 @@ from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.order import SampleRef
 from pipeline.data.writer import prepare_dataset
 from pipeline.manifest import DatasetManifest
-from pipeline.models.sequential import build_network
+from pipeline.models.sequential import network_for
 from pipeline.preprocess import PreprocessSpec
 from pipeline.pretraining import spec_for
 from pipeline.run import open_run
+from pipeline.task import task_of
 from pipeline.tracking.run import open_tracker
 from pipeline.training.checkpoint import identity_of
 from pipeline.training.checkpoint_writer import CheckpointWriter
@@ -92,7 +93,7 @@ class Material:
     def network(self) -> nn.Sequential:
         """The network, the same each time."""
         torch.manual_seed(self.config.seed)
-        return build_network(self.config.model, len(self.manifest.class_names), self.spec)
+        return network_for(self.config, self.manifest, self.spec)
 
     def batch(self) -> Batch:
         """The first samples of the training split."""
@@ -160,7 +161,7 @@ def _train_as_ours(material: Material, steps: Steps) -> None:
     tracker = open_tracker(config, record)
     writer = CheckpointWriter(config, material.manifest, identity_of(record), config.run_dir)
     callbacks = build_callbacks(config, material.manifest, material.spec, writer, tracker)
-    module = Classifier(material.network(), config, len(material.manifest.class_names), total_steps=len(steps))
+    module = Classifier(material.network(), config, task_of(material.manifest, config), total_steps=len(steps))
     trainer = build_trainer(config, callbacks, **training_options(config), limit_val_batches=0)
     trainer.fit(module, train_dataloaders=steps)
     tracker.finish()

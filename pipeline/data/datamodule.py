@@ -102,7 +102,7 @@ class ShardDataModule(L.LightningDataModule):
             return StreamLoader(stream, batches, self.config.global_batch_size, **self._options())
         dataset = ShardDataset(self.manifest, "train", self.spec, augmentation, self.seed, self.config)
         # Rank and world size are captured here: a spawned worker could not find them out, and would read everything.
-        sampler = GlobalBatchSampler.of_training(dataset.shards, self.config, self.seed, **self._place())
+        sampler = GlobalBatchSampler.of_training(dataset.shards, self.config, self.seed, rows=dataset.rows, **self._place())
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> ResumableLoader:

@@ -1,7 +1,7 @@
 """Map-style access to the samples of sharded tars: an index row, one `pread`, one decode.
 
-No tar is parsed and nothing is unpickled or run: only image bytes and integer labels are ever read from a shard. The index is
-mapped by each process from the same file, so that loader processes share one copy of it.
+No tar is parsed and nothing is unpickled or run: only image bytes are ever read from a shard. The index, and the label rows of
+images with several labels, are mapped by each process from the same file, so that loader processes share one copy of them.
 """
 
 import math
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
@@ -21,7 +22,7 @@ from pipeline.data.cache import fetcher_for, open_fetched
 from pipeline.data.order import SampleRef
 from pipeline.data.shards import read_key
 from pipeline.errors import DataError
-from pipeline.manifest import DatasetManifest, open_index
+from pipeline.manifest import DatasetManifest, open_index, open_labels
 from pipeline.preprocess import PreprocessSpec
 
 
@@ -38,7 +39,7 @@ class Batch(TypedDict):
     """A local batch of n samples."""
 
     image: torch.Tensor  # uint8 (n, 3, H, W), RGB
-    label: torch.Tensor  # int64 (n,)
+    label: torch.Tensor  # int64 (n,); of several labels an image uint8 (n, K)
     weight: torch.Tensor  # float32 (n,), 0 for padding and for samples that cannot be decoded
     index: torch.Tensor  # int64 (n,), -1 where shards are streamed
     bad: list[BadSample]
@@ -95,7 +96,7 @@ class ShardReader:
 class ShardDataset(Dataset[Any]):
     """The samples of one split, in the order of its shards.
 
-    `dataset[i]` is (image uint8 (3, H, W), label); a loader asks for whole batches by `__getitems__`.
+    `dataset[i]` is (image uint8 (3, H, W), label, an int or uint8 (K,)); a loader asks for whole batches by `__getitems__`.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class ShardDataset(Dataset[Any]):
         config: DataConfig | None = None,
     ) -> None:
         self.manifest, self.split_name = manifest, split_name
-        self.rows = open_index(manifest, split_name)
+        self._open()
         self.shards = manifest.split(split_name).shards
         self.fetcher = fetcher_for(manifest, split_name, config or DataConfig())
         paths = [manifest.folder / shard.name for shard in self.shards]
@@ -121,11 +122,15 @@ class ShardDataset(Dataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map is pickled as all of its bytes.
-        return {**self.__dict__, "rows": None}
+        return {**self.__dict__, "rows": None, "label_rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
         self.rows = open_index(self.manifest, self.split_name)
+        self.label_rows = open_labels(self.manifest, self.split_name) if self.manifest.task == "multi" else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -155,8 +160,15 @@ class ShardDataset(Dataset[Any]):
         with seeded(self.seed, epoch, index):
             return self.augmentation.image(encoded, self.spec)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.image(index), int(self.rows[index]["label"])
+    def labels(self, indices: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The labels of samples: int64 (n,), or uint8 (n, K) where an image has several."""
+        if self.label_rows is not None:
+            return torch.from_numpy(self.label_rows[indices])
+        return torch.from_numpy(self.rows["label"][indices].astype(np.int64))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        (label,) = self.labels(np.array([index]))
+        return self.image(index), label if label.ndim else int(label)
 
     def __getitems__(self, refs: list[SampleRef]) -> Batch:
         """A local batch. A sample that cannot be decoded is a neutral image of weight 0, named in `bad`."""
@@ -178,7 +190,7 @@ class ShardDataset(Dataset[Any]):
                 weights[place] = 0
         return {
             "image": images,
-            "label": torch.from_numpy(self.rows["label"][indices].astype(np.int64)),
+            "label": self.labels(indices),
             "weight": torch.from_numpy(weights),
             "index": torch.from_numpy(indices),
             "bad": sorted(bad),

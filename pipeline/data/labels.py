@@ -26,23 +26,28 @@ class SampleRule:
     label: str
     image: str
     class_names: tuple[str, ...]
+    may_have_none: bool = False  # as an image of several labels may
 
     @classmethod
     def of(cls, manifest: DatasetManifest) -> "SampleRule":
         """The rule by which a data set was made; that of our own shards unless it says another."""
         own = "json:labels" if manifest.task == "multi" else "cls"
         preparation = manifest.preparation
-        return cls(preparation.get("label", own), preparation.get("image", ""), tuple(manifest.class_names))
+        return cls(
+            preparation.get("label", own), preparation.get("image", ""), tuple(manifest.class_names), manifest.task == "multi"
+        )
 
-    def read(self, members: Mapping[str, Any]) -> tuple[bytes, int]:
-        """The encoded image and the class number of a sample, given the bytes of its members by extension. Raises DataError."""
+    def read(self, members: Mapping[str, Any]) -> tuple[bytes, list[int]]:
+        """The encoded image and the class numbers of a sample, given its members' bytes by extension. Raises DataError."""
         image = next((members[extension] for extension in self.image_extensions if extension in members), None)
         if image is None:
             raise DataError(f"has no image ({', '.join(self.image_extensions)})")
         if self.label_extension not in members:
             raise DataError(f"has no .{self.label_extension} label")
-        (first, *_) = raw_labels(self.label, members[self.label_extension]) or [""]
-        return image, self.class_number(first)
+        labels = raw_labels(self.label, members[self.label_extension])
+        if not labels and not self.may_have_none:
+            raise DataError("has no label")
+        return image, [self.class_number(label) for label in labels]
 
     @property
     def label_extension(self) -> str:

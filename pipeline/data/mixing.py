@@ -23,7 +23,7 @@ class Mixed(NamedTuple):
     """A mixed batch: row i shows its own image and, in part, that of row i^1, whose label is `other_label`."""
 
     image: torch.Tensor  # uint8 (n, 3, H, W)
-    other_label: torch.Tensor  # int64 (n,)
+    other_label: torch.Tensor  # int64 (n,) or uint8 (n, K)
     share: torch.Tensor  # float32 (n,), how much of the loss belongs to the sample's own label
 
 
@@ -41,7 +41,7 @@ def mix_batch(
 ) -> Mixed | None:
     """Mix each pair of rows as `config` says for this step; None when both are off. Pairs with a masked row stay as they are.
 
-    Images uint8 (n, 3, H, W), labels and weights (n,), n even. Where both are on, a coin decides each step.
+    Images uint8 (n, 3, H, W), labels (n,) or (n, K), weights (n,), n even. Where both are on, a coin decides each step.
     """
     if not config.mixup and not config.cutmix:
         return None

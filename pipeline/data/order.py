@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from pipeline.config import DataConfig
 from pipeline.errors import ConfigError
-from pipeline.manifest import DatasetManifest, ShardEntry, num_drawn
+from pipeline.manifest import DatasetManifest, Index, ShardEntry, num_drawn
 
 Positions = npt.NDArray[np.int64]
 # Positions that are interleaved at a time where shards have different weights.
@@ -203,6 +203,103 @@ class _Stream:
             start = (number + 1) * self.total
 
 
+class ClassMembers:
+    """The samples of each class of a split, by their indices."""
+
+    def __init__(self, rows: Index) -> None:
+        self.shard_of = np.array(rows["shard"])  # (N,)
+        self.num_shards = int(self.shard_of.max()) + 1
+        self.members = np.argsort(rows["label"], kind="stable")  # (N,), one class after the other
+        self.counts = np.bincount(rows["label"])  # (K,)
+        assert self.counts.all(), "a class without samples cannot be drawn"
+        self.first = np.cumsum(self.counts) - self.counts
+
+    def of(self, number: int) -> Positions:
+        """The samples of a class."""
+        return self.members[self.first[number] : self.first[number] + self.counts[number]]
+
+
+class BalancedOrder:
+    """The order of one epoch that shows each of K classes equally often, sliced as an EpochOrder is.
+
+    Every K positions show each class once, in random order. Over the epochs of a run a class goes through one whole shuffled
+    pass of its samples after the other, so that each comes as often as any other of its class. Where K does not divide the
+    epoch, the classes of its last few positions take turns. A pass stays within windows of shards as an EpochOrder does; the
+    n-th passes of all classes go through the shards in one order.
+    """
+
+    def __init__(self, classes: ClassMembers, seed: int, epoch: int, window: int) -> None:
+        self.classes, self.seed, self.epoch, self.window = classes, seed, epoch, window
+        self.num_classes = len(classes.counts)
+        self.num_rounds, self.num_left = divmod(len(self), self.num_classes)
+        turns = epoch * self.num_left  # positions left over in earlier epochs, which classes 0, 1, 2, ... took in turn
+        numbers = np.arange(self.num_classes)
+        self.drawn_before = epoch * self.num_rounds + (turns + self.num_classes - 1 - numbers) // self.num_classes  # (K,)
+        self.last_classes = (turns + np.arange(self.num_left)) % self.num_classes
+        self.rounds_in_block = max(1, BLOCK // self.num_classes)
+        self._last: tuple[int, Positions] | None = None
+        self._passes: dict[int, tuple[int, Positions]] = {}
+
+    def __len__(self) -> int:
+        return len(self.classes.members)
+
+    def __getitem__(self, span: slice) -> Positions:
+        """Sample indices at positions start <= position < stop."""
+        start, stop, _ = span.indices(len(self))
+        numbers = self._classes_at(start, stop)
+        draws = self.drawn_before[numbers] + np.arange(start, stop) // self.num_classes
+        passes, offsets = np.divmod(draws, self.classes.counts[numbers])
+        samples = np.zeros(len(numbers), np.int64)
+        together = np.lexsort((passes, numbers))
+        changes = np.flatnonzero(np.diff(numbers[together]) | np.diff(passes[together])) + 1
+        for group in np.split(together, changes) if len(together) else ():
+            samples[group] = self._pass(int(numbers[group[0]]), int(passes[group[0]]))[offsets[group]]
+        return samples
+
+    def _classes_at(self, start: int, stop: int) -> Positions:
+        size = self.rounds_in_block * self.num_classes
+        parts = [np.zeros(0, np.int64)]
+        while start < stop:
+            number, offset = divmod(start, size)
+            parts.append(self._block(number)[offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _block(self, number: int) -> Positions:
+        """The classes of whole rounds, and at the epoch's end of the few positions left over."""
+        if self._last is None or self._last[0] != number:
+            keys = _hashed_keys(self.rounds_in_block * self.num_classes, self.seed, self.epoch, 2, number)
+            rounds = np.argsort(keys.reshape(-1, self.num_classes), axis=1, kind="stable")
+            left = self.num_rounds - number * self.rounds_in_block
+            if left < len(rounds):
+                last = self.last_classes[np.argsort(keys[: self.num_left], kind="stable")]
+                rounds = np.concatenate([rounds[:left].ravel(), last])
+            self._last = number, rounds.ravel()
+        return self._last[1]
+
+    def _pass(self, number: int, turn: int) -> Positions:
+        """All samples of a class in the order of its pass `turn`."""
+        known = self._passes.get(number)
+        if known is None or known[0] != turn:
+            members = self.classes.of(number)
+            shards = np.argsort(_hashed_keys(self.classes.num_shards, self.seed, turn, 3), kind="stable")
+            windows = np.argsort(shards)[self.classes.shard_of[members]] // self.window
+            keys = _hashed_keys(len(members), self.seed, turn, 4, number)
+            known = turn, members[np.lexsort((keys, windows))]
+            self._passes[number] = known
+        return known[1]
+
+    def upcoming_shards(self, position: int) -> Iterator[int]:
+        """Every shard still needed from `position` on, in the order of first need."""
+        seen: set[int] = set()
+        for start in range(position, len(self), BLOCK):
+            shards = self.classes.shard_of[self[start : start + BLOCK]]
+            first = np.sort(np.unique(shards, return_index=True)[1])
+            new = [shard for shard in shards[first].tolist() if shard not in seen]
+            seen.update(new)
+            yield from new
+
+
 def local_batch_size(global_batch_size: int, world_size: int) -> int:
     """Samples of a global batch on one rank. Raises ConfigError when the ranks cannot share it equally."""
     if global_batch_size % world_size:
@@ -237,8 +334,8 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
 
     Global batch k is order[k*G : (k+1)*G]; with `accumulate` it comes in so many equal parts, each a batch here. Without
     `drop_last` the last one is padded to G with samples of weight 0. In training (`shuffle`) its real samples then weigh
-    G / (number of them), so that the mean over G is the mean over the real ones. `weights` are those of the shards in training;
-    an evaluation sees every sample once.
+    G / (number of them), so that the mean over G is the mean over the real ones. `weights` are those of the shards in training,
+    `classes` is given where it balances them; an evaluation sees every sample once.
     """
 
     def __init__(
@@ -253,11 +350,13 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
         shuffle: bool,
         drop_last: bool,
         weights: list[float] | None = None,
+        classes: ClassMembers | None = None,
         accumulate: int = 1,
         limit: int | None = None,
     ) -> None:
         self.shard_sizes = shard_sizes
         self.weights = weights or [1.0] * len(shard_sizes)
+        self.classes = classes
         self.global_batch_size = global_batch_size
         self.accumulate = accumulate
         self.local_batch_size = local_batch_size(global_batch_size // accumulate, world_size)
@@ -270,9 +369,20 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
 
     @classmethod
     def of_training(
-        cls, shards: list[ShardEntry], config: DataConfig, seed: int, *, rank: int = 0, world_size: int = 1
+        cls,
+        shards: list[ShardEntry],
+        config: DataConfig,
+        seed: int,
+        *,
+        rows: Index | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> "GlobalBatchSampler":
-        """The batches that training takes from `shards`; of all ranks together unless one is named."""
+        """The batches that training takes from `shards`; of all ranks together unless one is named.
+
+        `rows`, the index, is needed where classes are balanced.
+        """
+        assert rows is not None or not config.balance_classes
         return cls(
             [shard.num_samples for shard in shards],
             config.global_batch_size,
@@ -283,6 +393,7 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
             shuffle=True,
             drop_last=config.drop_last,
             weights=[shard.weight for shard in shards],
+            classes=ClassMembers(rows) if config.balance_classes and rows is not None else None,
             accumulate=config.accumulate,
             limit=config.steps_per_epoch,
         )
@@ -318,8 +429,10 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
         """Choose the epoch whose order the next iteration yields."""
         self.epoch = epoch
 
-    def order(self, epoch: int) -> WeightedOrder:
+    def order(self, epoch: int) -> WeightedOrder | BalancedOrder:
         """The shuffled order of an epoch."""
+        if self.classes is not None:
+            return BalancedOrder(self.classes, self.seed, epoch, self.window)
         return WeightedOrder(self.shard_sizes, self.weights, self.seed, epoch, self.window)
 
     def upcoming_shards(self) -> Iterator[int]:

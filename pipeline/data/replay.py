@@ -20,6 +20,7 @@ from pipeline.files import write_bytes
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from pipeline.report.grid import draw_grid
+from pipeline.task import label_text
 
 FOLDER = Path("replay")
 TILES_ON_A_SHEET = 64
@@ -55,7 +56,7 @@ def replay_step(config: Config, manifest: DatasetManifest, spec: PreprocessSpec,
         )
     augmentation = build_augmentation(config.data.augment, spec)
     dataset = ShardDataset(manifest, "train", spec, augmentation, config.seed, config.data)
-    batches = GlobalBatchSampler.of_training(dataset.shards, config.data, config.seed)
+    batches = GlobalBatchSampler.of_training(dataset.shards, config.data, config.seed, rows=dataset.rows)
     steps, parts = len(batches) // batches.accumulate, batches.accumulate
     last = steps * config.trainer.max_epochs
     if not 1 <= step <= last:
@@ -78,8 +79,8 @@ def _describe(dataset: ShardDataset, batch: Batch, mixed: Mixed | None, class_na
     is_bad = any(sample.row == row for sample in batch["bad"])
     note = "no longer decodes" if is_bad else "" if batch["weight"][row] > 0 else "padding"
     if mixed is not None and mixed.share[row] < 1:
-        note = f"{float(mixed.share[row]):.2f}, rest {class_names[int(mixed.other_label[row])]}"
-    label = class_names[int(batch["label"][row])]
+        note = f"{float(mixed.share[row]):.2f}, rest {label_text(mixed.other_label[row], class_names)}"
+    label = label_text(batch["label"][row], class_names)
     return ReplayedSample(index, dataset.key(index), dataset.shard_name(index), label, note)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -52,6 +53,7 @@ class StreamDataset(IterableDataset[Batch]):
     ) -> None:
         self.urls = [name if "://" in name else str(manifest.folder / name) for name in manifest.streams["train"]]
         self.rule = SampleRule.of(manifest)
+        self.num_classes = len(manifest.class_names) if manifest.task == "multi" else None
         self.spec, self.augmentation, self.seed = spec, augmentation, seed
         self.shuffle_buffer = config.shuffle_buffer
         self.batch_size = local_batch_size(config.micro_batch_size, world_size)
@@ -99,10 +101,15 @@ class StreamDataset(IterableDataset[Batch]):
     def _batch(self, samples: list[tuple[int, dict[str, Any]]], consumer: int) -> Batch:
         assert self.spec.fixed_size is not None
         images = new_images(len(samples), self.spec.fixed_size)
-        labels, weights, bad = np.zeros(len(samples), np.int64), np.ones(len(samples), np.float32), []
+        weights, bad = np.ones(len(samples), np.float32), []
+        labels = self._no_labels(len(samples))
         for row, (number, sample) in enumerate(samples):
             try:
-                encoded, labels[row] = self.rule.read(sample)
+                encoded, numbers = self.rule.read(sample)
+                if self.num_classes is None:
+                    (labels[row], *_) = numbers
+                else:
+                    labels[row, numbers] = 1
                 images[row] = self._pixels(encoded, number, consumer)
             except DataError as error:
                 images[row] = torch.tensor(neutral_colour(self.spec), dtype=torch.uint8)[:, None, None]
@@ -115,6 +122,11 @@ class StreamDataset(IterableDataset[Batch]):
             "index": torch.full((len(samples),), -1),
             "bad": bad,
         }
+
+    def _no_labels(self, num_samples: int) -> npt.NDArray[Any]:
+        if self.num_classes is None:
+            return np.zeros(num_samples, np.int64)
+        return np.zeros((num_samples, self.num_classes), np.uint8)
 
     def _pixels(self, encoded: bytes, number: int, consumer: int) -> torch.Tensor:
         if self.augmentation is None:

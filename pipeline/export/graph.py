@@ -14,28 +14,30 @@ from torch import nn
 
 from pipeline.errors import GateError
 from pipeline.preprocess import PreprocessSpec
-from pipeline.task import probabilities
+from pipeline.task import Task
 
 PREFIX = "shardline."
 
 
 class Answers(nn.Module):
-    """The trained network with its logits (N, K) and, for people, their probabilities (N, K)."""
+    """The trained network with its logits (N, num_outputs) and, for people, the probabilities of all classes (N, K)."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, task: Task) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.task = network, task
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and probabilities of uint8 images (N, 3, H, W)."""
         logits = self.network(image)
-        return logits, probabilities(logits)
+        return logits, self.task.probabilities(logits)
 
 
-def export_graph(network: nn.Module, spec: PreprocessSpec, opset: int, metadata: dict[str, object]) -> onnx.ModelProto:
+def export_graph(
+    network: nn.Module, task: Task, spec: PreprocessSpec, opset: int, metadata: dict[str, object]
+) -> onnx.ModelProto:
     """Return the ONNX model of `network`, with `metadata` under `shardline.` and nothing of the machine that built it."""
     assert spec.fixed_size is not None
-    answers = Answers(network).cpu().eval()
+    answers = Answers(network, task).cpu().eval()
     example = torch.zeros(2, 3, *spec.fixed_size, dtype=torch.uint8)
     program = torch.onnx.export(
         answers,

@@ -20,6 +20,7 @@ from pipeline.manifest import FORMAT_VERSION, DatasetManifest
 from pipeline.models.sequential import network_for
 from pipeline.preprocess import PreprocessSpec
 from pipeline.run import RunRecord
+from pipeline.task import Task, task_of
 from pipeline.tracking.run import open_tracker
 from pipeline.training.checkpoint import load_network_weights
 
@@ -30,16 +31,17 @@ REFUSED = Path("export/parity-refused.json")
 
 def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, record: RunRecord) -> Parity:
     """Export, lint, compare on the evaluation split and publish. Raises GateError and publishes nothing when one says no."""
+    task = task_of(manifest, config)
     network = network_for(config, manifest, spec, pretrained=False)
     network.load_state_dict(load_network_weights(record.best_checkpoint(), record))
     for path in (config.run_dir / MODEL, config.run_dir / PARITY):
         if path.is_file():
             move_aside(path)
-    model = export_graph(network, spec, config.export.opset, _metadata(manifest, spec, record))
+    model = export_graph(network, task, spec, config.export.opset, _metadata(manifest, task, spec, record))
     require_clean(model, spec, config.export.opset)
     content = model.SerializeToString(deterministic=True)
     dataset = ShardDataset(manifest, manifest.evaluation_split, spec, config=config.data)
-    parity = compare(network, content, hashlib.sha256(content).hexdigest(), dataset, config.export)
+    parity = compare(network, task, content, hashlib.sha256(content).hexdigest(), dataset, config.export)
     if not parity.passed:
         write_json(config.run_dir / REFUSED, dataclasses.asdict(parity))
         raise GateError(f"{describe_failure(parity)}. Nothing was published; see {config.run_dir / REFUSED}.")
@@ -52,12 +54,12 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
     return parity
 
 
-def _metadata(manifest: DatasetManifest, spec: PreprocessSpec, record: RunRecord) -> dict[str, object]:
+def _metadata(manifest: DatasetManifest, task: Task, spec: PreprocessSpec, record: RunRecord) -> dict[str, object]:
     assert record.best is not None
     return {
         "format_version": FORMAT_VERSION,
         "class_names": manifest.class_names,
-        "task": manifest.task,
+        "task": task.kind,
         "preprocess": dataclasses.asdict(spec),
         "preprocess_hash": spec.hash(),
         "data_digest": manifest.digest,

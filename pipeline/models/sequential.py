@@ -15,18 +15,18 @@ from pipeline.models.normalize import Normalize
 from pipeline.models.pretrained import load_pretrained
 from pipeline.models.shapes import describe_network, network_table
 from pipeline.preprocess import PreprocessSpec
+from pipeline.task import task_of
 
 
 def network_for(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, *, pretrained: bool = True) -> nn.Sequential:
     """The network of a run; `pretrained=False` where all of its weights come from a checkpoint anyway."""
-    train = manifest.split("train")
-    shares = [count / max(1, train.num_samples) for count in train.class_counts]
+    task = task_of(manifest, config)
     return build_network(
         config.model,
-        len(manifest.class_names),
+        task.num_outputs,
         spec,
-        shares,
-        independent=manifest.task == "multi",
+        task.prior[-task.num_outputs :],
+        independent=task.kind != "single",
         pretrained=pretrained,
         class_names=manifest.class_names,
     )

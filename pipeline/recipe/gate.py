@@ -19,6 +19,7 @@ from pipeline.recipe.overfit import check_overfit
 from pipeline.recipe.seed import check_seed
 from pipeline.recipe.verdict import Subject, Verdict
 from pipeline.report.grid import draw_grid
+from pipeline.task import label_text
 
 CHECKS = {"seed": check_seed, "init_loss": check_init_loss, "overfit": check_overfit}
 VERDICTS = Path("check/verdicts.json")
@@ -68,4 +69,4 @@ def require_green(verdicts: list[Verdict]) -> None:
 def draw_batch(batch: Batch, class_names: list[str]) -> bytes:
     """A PNG of the images exactly as the network gets them, each over its class name."""
     images = batch["image"].cpu().permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
-    return draw_grid(images, [class_names[label] for label in batch["label"].tolist()])
+    return draw_grid(images, [label_text(label, class_names) for label in batch["label"]])

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from pipeline.recipe.verdict import Subject, Verdict
-from pipeline.task import sample_losses
 
 MAX_SAMPLES = 32
 MAX_STEPS = 300
@@ -25,8 +24,8 @@ def check_overfit(subject: Subject) -> Verdict:
     loss, correct = float("nan"), 0
     for step in range(MAX_STEPS):
         logits = network(batch["image"])  # (N, K)
-        mean_loss = sample_losses(logits, batch["label"]).mean()
-        loss, correct = float(mean_loss.detach()), int((logits.argmax(dim=1) == batch["label"]).sum())
+        mean_loss = subject.sample_losses(logits, batch["label"]).mean()
+        loss, correct = float(mean_loss.detach()), int(subject.task.correct(logits, batch["label"]).sum())
         if loss < LOSS_GOAL and correct == number:
             return Verdict("overfit", "green", loss, expected, f"{number} images learned by heart in {step} steps")
         optimizer.zero_grad()

@@ -5,7 +5,6 @@ import hashlib
 import torch
 
 from pipeline.recipe.verdict import Subject, Verdict
-from pipeline.task import sample_losses
 
 NUM_STEPS = 3
 LEARNING_RATE = 0.01
@@ -30,7 +29,7 @@ def _weights_after(subject: Subject, seed: int) -> str:
     network = subject.build_network(seed)
     batch = subject.first_batch(augmented=True)
     for _ in range(NUM_STEPS):
-        loss = sample_losses(network(batch["image"]), batch["label"]).mean()
+        loss = subject.sample_losses(network(batch["image"]), batch["label"]).mean()
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(network.parameters(), gradients, strict=True):

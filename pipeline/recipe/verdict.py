@@ -15,6 +15,7 @@ from pipeline.data.streaming import StreamDataset
 from pipeline.manifest import DatasetManifest
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec
+from pipeline.task import Task, task_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,20 @@ class Subject:
     def build_network(self, seed: int) -> nn.Sequential:
         """A fresh network of this seed, in training mode."""
         torch.manual_seed(seed)
-        return build_network(self.config.model, len(self.manifest.class_names), self.spec).to(self.device)
+        return build_network(self.config.model, self.task.num_outputs, self.spec).to(self.device)
+
+    @property
+    def task(self) -> Task:
+        """What is asked of the network, with its loss."""
+        return task_of(self.manifest, self.config)
+
+    def sample_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of each sample, (n,), as training computes it."""
+        return self.task.sample_losses(logits, labels)
+
+    def loss_at_initialisation(self) -> float:
+        """The loss of a network that knows nothing."""
+        return self.task.loss_at_initialisation()
 
     def dataset(self, *, augmented: bool) -> ShardDataset:
         """The training split, with or without the run's augmentation."""
@@ -53,7 +67,7 @@ class Subject:
             return self._first_of_stream(augmented=augmented, size=size)
         dataset = self.dataset(augmented=augmented)
         whole = dataclasses.replace(self.config.data, drop_last=False)
-        batches = GlobalBatchSampler.of_training(dataset.shards, whole, self.config.seed)
+        batches = GlobalBatchSampler.of_training(dataset.shards, whole, self.config.seed, rows=dataset.rows)
         samples = [sample for sample in next(iter(batches)) if sample.weight > 0][:size]
         return self._on_device(dataset.__getitems__(samples))
 

@@ -22,11 +22,20 @@ Probabilities = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable class of an image."""
+    """The answer to an image: its class; where an image has several labels, every one of probability 0.5 or more."""
 
-    label: str
-    probability: float
-    probabilities: dict[str, float]
+    labels: list[str]  # the most probable first
+    probabilities: dict[str, float]  # of every class
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return max(self.probabilities, key=lambda name: self.probabilities[name])
+
+    @property
+    def probability(self) -> float:
+        """The probability of the most probable class."""
+        return self.probabilities[self.label]
 
 
 class Predictor:
@@ -46,6 +55,7 @@ class Predictor:
         self.metadata = self._read_metadata()
         self._require_signature()
         self.class_names: list[str] = self.metadata["class_names"]
+        self.is_multi = self.metadata.get("task") == "multi"
         self.spec: PreprocessSpec = spec_from_dict(self.metadata["preprocess"])
 
     def _read_metadata(self) -> dict[str, Any]:
@@ -89,9 +99,10 @@ class Predictor:
         except DataError as error:
             raise DataError(f"{path}: cannot be decoded ({error}).") from error
         row = self.probabilities([pixels])[0]  # (K,)
-        best = int(row.argmax())
         by_class = {name: float(value) for name, value in zip(self.class_names, row, strict=True)}
-        return Prediction(self.class_names[best], float(row[best]), by_class)
+        chosen = np.flatnonzero(row >= 0.5) if self.is_multi else np.array([row.argmax()])
+        labels = [self.class_names[number] for number in chosen[np.argsort(-row[chosen], kind="stable")]]
+        return Prediction(labels, by_class)
 
 
 def verify_model(path: Path) -> dict[str, str]:
@@ -110,9 +121,13 @@ def verify_model(path: Path) -> dict[str, str]:
     assert spec.fixed_size is not None
     empty = np.zeros((*spec.fixed_size, 3), dtype=np.uint8)
     answer = predictor.probabilities([empty, empty])  # (2, K)
-    if answer.shape != (2, len(predictor.class_names)) or not np.allclose(answer.sum(axis=1), 1.0, rtol=0, atol=1e-3):
+    are_probabilities = ((answer >= 0) & (answer <= 1)).all()
+    if not predictor.is_multi:
+        are_probabilities &= np.allclose(answer.sum(axis=1), 1.0, rtol=0, atol=1e-3)
+    if answer.shape != (2, len(predictor.class_names)) or not are_probabilities:
         raise ModelError(f"{path}: does not answer with one probability for each of its classes.")
     return {
+        "labels an image": "several" if predictor.is_multi else "one",
         "classes": f"{len(predictor.class_names)}: {', '.join(predictor.class_names[:10])}",
         "input": f"{spec.fixed_size[0]} x {spec.fixed_size[1]} RGB",
         "proof": proof,

@@ -74,11 +74,11 @@ class TrainingCurves(L.Callback):
             self.tracker.log({name: value for name, value in metrics.items() if math.isfinite(value)}, trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Loss, accuracy and each class's recall after an epoch."""
+        """Every figure and each class's recall after an epoch."""
         assert isinstance(module, Classifier) and module.metrics is not None
         if self.tracker is None:
             return
-        metrics = {"val/loss": module.metrics.loss, "val/accuracy": module.metrics.accuracy}
+        metrics = {f"val/{name}": value for name, value in module.metrics.figures().items()}
         for name, recall in zip(self.class_names, module.metrics.recall, strict=True):
             if recall == recall:
                 metrics[f"val/recall/{name}"] = recall

@@ -22,6 +22,7 @@ from lightning.fabric.utilities.types import _PATH
 from pipeline.config import Config
 from pipeline.files import publish, temporary_name, write_bytes
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
+from pipeline.metrics import direction
 from pipeline.pretraining import spec_for
 from pipeline.run import BEST, LAST
 from pipeline.training.checkpoint import checkpoint_path, checkpoints_in, checksum_path, step_of
@@ -180,7 +181,7 @@ class CheckpointWriter(L.Callback):
             return True
         if math.isnan(other):
             return not math.isnan(value)
-        return value > other if self.config.trainer.monitor == "val/accuracy" else value < other
+        return value > other if direction(self.config.trainer.monitor) == "max" else value < other
 
     def _stop_early(self, trainer: L.Trainer) -> None:
         patience = self.config.trainer.early_stopping
@@ -203,14 +204,14 @@ class CheckpointWriter(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say what the weights are, for whoever reads the file alone."""
-        assert trainer.train_dataloader is not None
+        assert isinstance(module, Classifier) and trainer.train_dataloader is not None
         place = trainer.train_dataloader.state_dict()
         checkpoint["shardline"] = {
             "format_version": FORMAT_VERSION,
             "config": self.config.as_dict(),
             "preprocess": dataclasses.asdict(self.spec),
             "class_names": self.manifest.class_names,
-            "task": self.manifest.task,
+            "task": module.task.kind,
             "global_batch_size": self.config.data.global_batch_size,
             "cursor": {"epoch": place["epoch"], "batch": place["batch"] // self.config.data.accumulate},
             "global_step": trainer.global_step,

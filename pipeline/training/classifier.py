@@ -11,20 +11,21 @@ from pipeline.config import Config
 from pipeline.data.dataset import Batch
 from pipeline.data.mixing import mix_batch
 from pipeline.data.order import mix
-from pipeline.task import EvaluationSums, Metrics, sample_losses
+from pipeline.metrics import EvaluationSums, Metrics
+from pipeline.task import Task
 from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
 
 class Classifier(L.LightningModule):
-    """Trains `network`, uint8 images (N, 3, H, W) to logits (N, K), for `total_steps` optimizer steps."""
+    """Trains `network`, uint8 images (N, 3, H, W) to logits (N, num_outputs), for `total_steps` optimizer steps."""
 
-    def __init__(self, network: nn.Sequential, config: Config, num_classes: int, total_steps: int) -> None:
+    def __init__(self, network: nn.Sequential, config: Config, task: Task, total_steps: int) -> None:
         super().__init__()
         # Lightning's own estimate makes the loaders before a checkpoint is restored, and they would never learn their place.
         self.total_steps = total_steps
         self.network = network
         self.config = config
-        self.num_classes = num_classes
+        self.task = task
         self.step_sums = torch.zeros(3)  # weighted loss, weighted correct, weight of this rank's part of the step
         self.step_losses: list[tuple[Batch, torch.Tensor]] = []  # the step's batches and their losses (n,)
         self.metrics: Metrics | None = None
@@ -33,7 +34,7 @@ class Classifier(L.LightningModule):
         self.plateau_state: dict[str, Any] | None = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (N, K) of uint8 images (N, 3, H, W)."""
+        """Logits (N, num_outputs) of uint8 images (N, 3, H, W)."""
         logits: torch.Tensor = self.network(images)
         return logits
 
@@ -46,15 +47,15 @@ class Classifier(L.LightningModule):
         return self.global_step * self.config.data.accumulate + batch_idx % self.config.data.accumulate
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Mean loss over the local batch; with DDP's mean over ranks, the mean over the global batch."""
-        images, labels, weights = batch["image"], batch["label"], batch["weight"]  # (n, 3, H, W), (n,), (n,)
+        """Mean loss over the local batch; with DDP's mean over ranks, the mean over the global batch (see pipeline.task)."""
+        images, labels, weights = batch["image"], batch["label"], batch["weight"]  # (n, 3, H, W), (n,) or (n, K), (n,)
         micro_step = self._micro_step(batch_idx)
         mixed = mix_batch(images, labels, weights, self.config.data.augment, self.config.seed, micro_step)
-        logits = self.network(images if mixed is None else mixed.image)  # (n, K)
-        losses, correct = sample_losses(logits, labels), (logits.argmax(dim=1) == labels).float()  # (n,)
+        logits = self.network(images if mixed is None else mixed.image)  # (n, num_outputs)
+        losses, correct = self.task.sample_losses(logits, labels), self.task.correct(logits, labels)  # (n,)
         if mixed is not None:
-            losses = torch.lerp(sample_losses(logits, mixed.other_label), losses, mixed.share)
-            correct = torch.lerp((logits.argmax(dim=1) == mixed.other_label).float(), correct, mixed.share)
+            losses = torch.lerp(self.task.sample_losses(logits, mixed.other_label), losses, mixed.share)
+            correct = torch.lerp(self.task.correct(logits, mixed.other_label), correct, mixed.share)
         weighted = weights * losses
         if batch_idx % self.config.data.accumulate == 0:
             self.step_sums, self.step_losses = torch.zeros_like(self.step_sums, device=self.device), []
@@ -95,7 +96,7 @@ class Classifier(L.LightningModule):
         # BatchNorm's running statistics differ by rank after a step, and evaluation runs outside of DDP.
         for buffer in self.network.buffers():
             _broadcast(buffer)
-        self.sums = EvaluationSums(self.num_classes, num_samples, self.device)
+        self.sums = EvaluationSums(self.task, num_samples, self.device)
 
     def _add(self, batch: Batch) -> torch.Tensor:
         logits: torch.Tensor = self.network(batch["image"])
@@ -123,19 +124,21 @@ class Classifier(L.LightningModule):
         self._start_evaluation(_num_samples(self.trainer.test_dataloaders))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count one batch; keep (index, label, predicted, confidence) of each row, index -1 for padding."""
-        confidence, predicted = self._add(batch).softmax(dim=1).max(dim=1)
+        """Count one batch; keep (index, predicted, confidence) of each row, or (index, probability of each label)."""
+        logits = self._add(batch)
+        answer = self.task.probabilities(logits.float()).double()  # (n, K)
+        if self.task.kind != "multi":
+            answer = torch.stack([self.task.predicted(logits).double(), answer.amax(dim=1)], dim=1)
         # Padding and samples that no longer decode have no prediction.
         index = torch.where(batch["weight"] > 0, batch["index"], -1)
-        rows = torch.stack([index.double(), batch["label"].double(), predicted.double(), confidence.double()], dim=1)
-        self.predictions.append(rows)
+        self.predictions.append(torch.cat([index[:, None].double(), answer], dim=1))
 
     def on_test_epoch_end(self) -> None:
-        """Add up the ranks, and gather their predictions, (N, 4), in the order of samples."""
+        """Add up the ranks, and gather their predictions, (N, 3) or (N, 1 + K), in the order of samples."""
         self.metrics = self.sums.reduce()
         gathered = self.all_gather(torch.cat(self.predictions))
         assert isinstance(gathered, torch.Tensor)
-        rows = gathered.reshape(-1, 4)
+        rows = gathered.reshape(-1, gathered.shape[-1])
         rows = rows[rows[:, 0] >= 0]
         self.predictions = [rows[rows[:, 0].argsort()].cpu()]
 
@@ -148,8 +151,8 @@ def seed_torch(seed: int, device: torch.device) -> None:
 
 
 def monitored(config: Config, metrics: Metrics) -> float:
-    """The value that decides which checkpoint is the best; greater is better for accuracy, smaller for loss."""
-    return metrics.accuracy if config.trainer.monitor == "val/accuracy" else metrics.loss
+    """The value that decides which checkpoint is the best; `direction` says whether more or less of it is better."""
+    return float(getattr(metrics, config.trainer.monitor.removeprefix("val/")))
 
 
 def ends_step(module: Classifier, batch_idx: int) -> bool:

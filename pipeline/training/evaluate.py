@@ -5,6 +5,7 @@ import io
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipeline import distributed
@@ -13,10 +14,11 @@ from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.dataset import ShardDataset
 from pipeline.files import write_bytes, write_json
 from pipeline.manifest import DatasetManifest, load_dataset
+from pipeline.metrics import Metrics
 from pipeline.models.sequential import network_for
 from pipeline.pretraining import spec_for
 from pipeline.run import RunRecord, require_run
-from pipeline.task import Metrics
+from pipeline.task import LABEL_SEPARATOR, label_text, task_of
 from pipeline.tracking.run import open_tracker
 from pipeline.training.checkpoint import load_network_weights
 from pipeline.training.classifier import Classifier
@@ -31,9 +33,10 @@ def evaluate(config: Config) -> None:
     distributed.join_group(timedelta(seconds=config.trainer.timeout_seconds))
     manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     record, spec = require_run(config, manifest)
+    task = task_of(manifest, config)
     network = network_for(config, manifest, spec, pretrained=False)
     network.load_state_dict(load_network_weights(record.best_checkpoint(), record))
-    module = Classifier(network, config, len(manifest.class_names), total_steps=0)
+    module = Classifier(network, config, task, total_steps=0)
     trainer = build_trainer(config, callbacks=[])
     trainer.test(module, datamodule=ShardDataModule(manifest, spec, config.data, config.seed), verbose=False)
     if distributed.rank() == 0:
@@ -48,8 +51,7 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
         "split": split,
         "num_samples": metrics.num_samples,
         "num_bad_samples": metrics.num_bad,
-        "accuracy": metrics.accuracy,
-        "loss": metrics.loss,
+        **metrics.figures(),
         "recall": dict(zip(manifest.class_names, metrics.recall, strict=True)),
         "data_digest": manifest.digest,
         "checkpoint_sha256": record.best["sha256"],
@@ -61,7 +63,7 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
     tracker = open_tracker(config, record)
     # A figure without a step would be a point at step 0 of the validation curve.
     prefix = "test" if split == "test" else f"final_{split}"
-    figures = {f"{prefix}/accuracy": metrics.accuracy, f"{prefix}/loss": metrics.loss}
+    figures = {f"{prefix}/{name}": value for name, value in metrics.figures().items()}
     tracker.log_final(figures, f"**{split} accuracy {metrics.accuracy:.4f}** on {metrics.num_samples:,} images")
     for path in outputs:
         tracker.log_file(path, "evaluation")
@@ -73,7 +75,18 @@ def _predictions_table(dataset: ShardDataset, class_names: list[str], prediction
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["index", "key", "label", "predicted", "confidence"])
-    for index, label, predicted, confidence in predictions.tolist():  # (N, 4)
-        row = [int(index), dataset.key(int(index)), class_names[int(label)], class_names[int(predicted)]]
-        writer.writerow([*row, f"{confidence:.6f}"])
+    for number, *answer in predictions.tolist():  # (N, 3), or (N, 1 + K) with several labels an image
+        index = int(number)
+        label = label_text(dataset.labels(np.array([index]))[0], class_names)
+        writer.writerow([index, dataset.key(index), label, *_answer_cells(dataset.manifest, answer)])
     return table.getvalue().encode()
+
+
+def _answer_cells(manifest: DatasetManifest, answer: list[float]) -> tuple[str, str]:
+    """What was predicted and how surely: a class, or every label of probability 0.5 or more."""
+    if manifest.task != "multi":
+        predicted, confidence = answer
+        return manifest.class_names[int(predicted)], f"{confidence:.6f}"
+    chosen = [number for number, probability in enumerate(answer) if probability >= 0.5]
+    cells = [manifest.class_names[number] for number in chosen], [f"{answer[number]:.6f}" for number in chosen]
+    return LABEL_SEPARATOR.join(cells[0]), LABEL_SEPARATOR.join(cells[1])

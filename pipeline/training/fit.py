@@ -15,7 +15,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from pipeline import accelerator, distributed, task
+from pipeline import accelerator, distributed
 from pipeline.config import Config, TrainerConfig
 from pipeline.console import say
 from pipeline.data.datamodule import ShardDataModule
@@ -29,6 +29,7 @@ from pipeline.preprocess import PreprocessSpec
 from pipeline.pretraining import spec_for
 from pipeline.recipe.dynamics import Dynamics
 from pipeline.run import RunRecord, open_run
+from pipeline.task import task_of
 from pipeline.tracking.run import RunTracker, open_tracker
 from pipeline.training.bad_samples import BadSampleLedger
 from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
@@ -156,10 +157,11 @@ def _fit_rank(
     spec = spec_for(config, manifest)
     assert spec.fixed_size is not None
     L.seed_everything(config.seed, verbose=False)
+    task = task_of(manifest, config)
     network = network_for(config, manifest, spec)
     prepare_network(network, config.trainer)
     steps_per_epoch = training_steps_per_epoch(manifest, config.data)
-    module = Classifier(network, config, len(manifest.class_names), total_steps=steps_per_epoch * config.trainer.max_epochs)
+    module = Classifier(network, config, task, total_steps=steps_per_epoch * config.trainer.max_epochs)
     writer = CheckpointWriter(config, manifest, identity, config.run_dir, before["lost"] if before else ())
     trainer = build_trainer(config, build_callbacks(config, manifest, spec, writer, tracker), **training_options(config))
     if trainer.is_global_zero:
@@ -185,7 +187,7 @@ def build_callbacks(
         ledger,
         monitor,
         *([EMAWeightAveraging(decay=config.trainer.ema_decay)] if config.trainer.ema_decay else []),
-        Dynamics(config, manifest, spec, task, tracker),
+        Dynamics(config, manifest, spec, task_of(manifest, config), tracker),
         TrainingCurves(tracker, manifest.class_names, config.trainer.log_every_steps, ledger, monitor),
         ShowProgress(),
         MoveCursor(config, training_steps_per_epoch(manifest, config.data)),

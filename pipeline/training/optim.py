@@ -14,6 +14,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from pipeline.config import OptimizerConfig, SchedulerConfig
 from pipeline.errors import ConfigError, nearest
+from pipeline.metrics import direction
 
 SGD_MOMENTUM = 0.9
 LENGTH_ARGUMENTS = ("total_steps", "T_max")
@@ -148,7 +149,7 @@ def build_scheduler(optimizer: Optimizer, config: SchedulerConfig, total_steps: 
             f"which takes {total_steps}. Leave `total_steps` out."
         )
     if kind is lr_scheduler.ReduceLROnPlateau:
-        arguments.setdefault("mode", "min" if monitor == "val/loss" else "max")
+        arguments.setdefault("mode", direction(monitor))
     for name in RATE_ARGUMENTS:
         if isinstance(arguments.get(name), (int, float)):
             arguments[name] = _rate_of_each_group(optimizer, arguments[name])

@@ -12,17 +12,17 @@ from pipeline.data.mixing import require_mixable
 from pipeline.data.order import local_batch_size, training_steps_per_epoch
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import DatasetManifest, require_labels
+from pipeline.metrics import TOP
 from pipeline.models.freezing import freeze_parameters, frozen
 from pipeline.models.sequential import network_for, require_forward
 from pipeline.preprocess import PreprocessSpec
 from pipeline.pretraining import spec_for
-from pipeline.task import require_supported
+from pipeline.task import Task, task_of
 from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
 
 
 def require_trainable(config: Config, manifest: DatasetManifest, world_size: int) -> None:
     """Refuse, before any rank starts, everything that would make one fail. Raises ConfigError or DataError."""
-    require_supported(manifest.task)
     require_room(manifest, config.data)
     spec = spec_for(config, manifest)
     require_mixable(config.data.augment, local_batch_size(config.data.micro_batch_size, world_size))
@@ -36,6 +36,8 @@ def require_trainable(config: Config, manifest: DatasetManifest, world_size: int
         if not manifest.split(split).num_samples:
             raise DataError(f"{manifest.folder}: its `{split}` split has no sample. Leave its shards out, or fill them.")
         require_labels(manifest, split)
+    task = task_of(manifest, config)
+    require_monitored(config, task)
     batches = training_steps_per_epoch(manifest, config.data)
     if not batches:
         raise DataError(
@@ -101,6 +103,12 @@ def require_compiler() -> None:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"`trainer.compile` does not work on this machine: {reason}. Set it to false.") from error
+
+
+def require_monitored(config: Config, task: Task) -> None:
+    """Refuse a monitor that this task does not have. Raises ConfigError."""
+    if config.trainer.monitor == "val/top5" and (task.kind != "single" or task.num_classes <= TOP):
+        raise ConfigError("`trainer.monitor` is val/top5, which needs more than 5 classes and one label an image.")
 
 
 def _require_steps(config: Config, network: nn.Sequential, spec: PreprocessSpec, length: int) -> None:

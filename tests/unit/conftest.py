@@ -19,12 +19,17 @@ from pipeline.export.graph import export_graph
 from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec, build_spec
+from pipeline.task import Task
 
 COLOURS = {"blue": (30, 40, 210), "green": (30, 200, 50), "red": (220, 40, 30)}
 IMAGES_PER_CLASS = 20
 SIDE = 16
 # Of each class 12 images train, 4 validate and 4 test: shards of 5, 5, 5, 5, 5, 5, 5, 1 and twice 5, 5, 2.
 TINY_SPLIT = DatasetConfig(val_fraction=0.2, test_fraction=0.2, samples_per_shard=5)
+
+# The tasks of the tiny data set, and of that with several labels.
+THREE_CLASSES = Task("single", (1 / 3, 1 / 3, 1 / 3))
+THREE_LABELS = Task("multi", (1 / 2, 1 / 2, 1 / 2))
 
 ImageFolder = Callable[[Path, dict[str, int]], Path]
 
@@ -58,6 +63,24 @@ def tiny_dataset(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Shards of `tiny_source`: 36 samples in train, 12 in val, 12 in test, at most 5 in a shard. Read-only."""
     config = dataclasses.replace(TINY_SPLIT, source=str(tiny_source))
     return write_dataset(open_source(config), config, tmp_path_factory.mktemp("dataset") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def multi_dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetManifest:
+    """40 images of 16 x 16 pixels with every set of the labels blue, green and red, each a stripe of its colour. Read-only."""
+    folder = tmp_path_factory.mktemp("multi")
+    lines = ["path,label"]
+    for number in range(40):
+        shown = [name for place, name in enumerate(COLOURS) if number % 8 >> place & 1]
+        pixels = np.random.default_rng(number).integers(80, 120, (SIDE, SIDE, 3)).astype(np.uint8)  # (H, W, 3)
+        for name in shown:
+            place = 5 * list(COLOURS).index(name)
+            pixels[:, place : place + 5] = COLOURS[name]
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        lines.append(f"{number:02d}.png,{'|'.join(shown)}")
+    (folder / "table.csv").write_text("\n".join(lines))
+    config = dataclasses.replace(TINY_SPLIT, source=str(folder / "table.csv"))
+    return write_dataset(open_source(config), config, folder / "shards")
 
 
 @pytest.fixture
@@ -102,17 +125,27 @@ def tiny_network(tiny_spec: PreprocessSpec) -> nn.Sequential:
 @pytest.fixture(scope="session")
 def exported_model(tiny_network: nn.Sequential, tiny_spec: PreprocessSpec) -> onnx.ModelProto:
     """`tiny_network` as an ONNX model, exported once (3 seconds) from training mode. Copy before changing."""
-    tiny_network.train()
+    return _export(tiny_network, tiny_spec, THREE_CLASSES)
+
+
+@pytest.fixture(scope="session")
+def multi_model(tiny_network: nn.Sequential, tiny_spec: PreprocessSpec) -> onnx.ModelProto:
+    """`tiny_network` as if it had learned three labels an image. Copy before changing."""
+    return _export(tiny_network, tiny_spec, THREE_LABELS)
+
+
+def _export(network: nn.Sequential, spec: PreprocessSpec, task: Task) -> onnx.ModelProto:
+    network.train()
     metadata: dict[str, object] = {
         "format_version": 1,
         "class_names": list(COLOURS),
-        "task": "single",
-        "preprocess": dataclasses.asdict(tiny_spec),
-        "preprocess_hash": tiny_spec.hash(),
+        "task": task.kind,
+        "preprocess": dataclasses.asdict(spec),
+        "preprocess_hash": spec.hash(),
         "data_digest": "d" * 64,
         "job_id": "a" * 32,
         "versions": {"torch": torch.__version__},
     }
-    model = export_graph(tiny_network, tiny_spec, 20, metadata)
-    tiny_network.eval()
+    model = export_graph(network, task, spec, 20, metadata)
+    network.eval()
     return model

@@ -195,6 +195,14 @@ def test_one_argument_of_the_optimizer_can_be_changed_without_losing_the_others(
     assert parse_file(text, "--optimizer.args.momentum", "0.8").optimizer.args == {"momentum": 0.8, "nesterov": True}
 
 
+@pytest.mark.parametrize(("text", "weights"), [("balanced", "balanced"), ("[1, 2.5]", [1.0, 2.5]), ("null", None)])
+def test_the_weights_of_a_loss_are_a_word_or_numbers(parse_file: Parse, text: str, weights: object) -> None:
+    assert parse_file(f"loss: {{class_weights: {text}}}").loss.class_weights == weights
+    assert parse_file("", f"--loss.pos_weight={text}").loss.pos_weight == weights
+    with pytest.raises(ConfigError, match=r"loss\.class_weights"):
+        parse_file("loss: {class_weights: equal}")
+
+
 def test_an_empty_file_is_all_defaults(parse_file: Parse) -> None:
     assert parse_file("") == Config()
 

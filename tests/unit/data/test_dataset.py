@@ -1,4 +1,5 @@
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pipeline.data.augment import build_augmentation, neutral_colour, seeded
 from pipeline.data.dataset import ShardDataset, ShardReader
 from pipeline.data.order import SampleRef
 from pipeline.errors import DataError
-from pipeline.manifest import DatasetManifest, open_index
+from pipeline.manifest import DatasetManifest, load_dataset, open_index, open_labels
 from pipeline.preprocess import PreprocessSpec, build_spec, decode_image
 
 
@@ -143,3 +144,45 @@ def test_a_reader_of_many_shards_keeps_only_a_few_open(tmp_path: Path) -> None:
         assert [reader.read(number, offset=9, size=2) for number in range(5)] == [b"9%d" % number for number in range(5)]
     still_open = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and link.readlink() in paths]
     assert len(still_open) == 2
+
+
+# ---- several labels an image ----
+
+
+def test_a_batch_of_several_labels_holds_their_rows_also_of_an_image_without_any(
+    multi_dataset: DatasetManifest, tiny_spec: PreprocessSpec
+) -> None:
+    dataset = ShardDataset(multi_dataset, "train", tiny_spec)
+    rows = open_labels(multi_dataset, "train")
+    batch = dataset.__getitems__([SampleRef(index, 0, 1.0) for index in (3, 0, 7)])
+    assert batch["label"].dtype == torch.uint8
+    np.testing.assert_array_equal(batch["label"].numpy(), rows[[3, 0, 7]])
+    assert {tuple(row) for row in rows.tolist()} >= {(0, 0, 0), (1, 1, 1)}
+    for index in range(len(dataset)):
+        image, label = dataset[index]
+        stripes = image.float().unfold(2, 5, 5).mean(dim=(1, 3))  # (3, stripes): the mean colour of each stripe
+        channels = [2, 1, 0]  # blue, green and red lie side by side
+        shown = [int(stripes[channel, place] > 180) for place, channel in enumerate(channels)]
+        assert label.tolist() == shown
+
+
+def test_label_rows_are_mapped_anew_in_each_process_and_never_pickled(
+    multi_dataset: DatasetManifest, tiny_spec: PreprocessSpec
+) -> None:
+    dataset = ShardDataset(multi_dataset, "train", tiny_spec)
+    content = pickle.dumps(dataset)
+    assert dataset.__getstate__()["label_rows"] is None
+    again = pickle.loads(content)
+    assert isinstance(again.label_rows, np.memmap)
+    assert torch.equal(again.labels(np.arange(5)), dataset.labels(np.arange(5)))
+
+
+def test_a_sample_of_several_labels_that_no_longer_decodes_weighs_nothing(
+    multi_dataset: DatasetManifest, tiny_spec: PreprocessSpec, tmp_path: Path
+) -> None:
+    manifest = load_dataset(shutil.copytree(multi_dataset.folder, tmp_path / "copy"))
+    damage(manifest, 2)
+    batch = ShardDataset(manifest, "train", tiny_spec).__getitems__([SampleRef(index, 0, 1.0) for index in range(4)])
+    assert batch["weight"].tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert batch["label"].shape == (4, 3)
+    assert [sample.row for sample in batch["bad"]] == [2]

@@ -46,9 +46,19 @@ def test_a_label_that_is_none_is_refused(rule: str, content: bytes, message: str
 
 def test_a_sample_is_read_by_its_rule() -> None:
     members = {"png": b"P", "jpg": b"J", "seg.png": b"S", "cls": b"1", "json": b'{"kind": "cat"}', "pkl": b"evil"}
-    assert SampleRule("cls", "", NAMES).read(members) == (b"J", 1)
-    assert SampleRule("json:kind", "png", NAMES).read(members) == (b"P", 0)
-    assert SampleRule("cls", "seg.png", NAMES).read(members) == (b"S", 1)
+    assert SampleRule("cls", "", NAMES).read(members) == (b"J", [1])
+    assert SampleRule("json:kind", "png", NAMES).read(members) == (b"P", [0])
+    assert SampleRule("cls", "seg.png", NAMES).read(members) == (b"S", [1])
+
+
+def test_a_sample_may_have_several_labels_or_where_the_data_set_is_such_none() -> None:
+    members = {"jpg": b"J", "json": b'{"labels": ["bird", 0]}'}
+    names = ("cat", "dog", "bird")
+    assert SampleRule("json:labels", "", names).read(members) == (b"J", [2, 0])
+    empty = {"jpg": b"J", "json": b'{"labels": []}'}
+    assert SampleRule("json:labels", "", names, may_have_none=True).read(empty) == (b"J", [])
+    with pytest.raises(DataError, match="has no label"):
+        SampleRule("json:labels", "", names).read(empty)
 
 
 @pytest.mark.parametrize(

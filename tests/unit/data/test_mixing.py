@@ -17,6 +17,13 @@ def test_nothing_is_mixed_unless_asked_for() -> None:
     assert mix_batch(IMAGES, LABELS, WEIGHTS, AugmentConfig(crop_scale=0.5), seed=1, step=2) is None
 
 
+def test_rows_of_several_labels_follow_their_images() -> None:
+    rows = torch.eye(NUMBER, dtype=torch.uint8)
+    mixed = mix_batch(IMAGES, rows, WEIGHTS, MIXUP, seed=1, step=0)
+    assert mixed is not None
+    assert torch.equal(mixed.other_label, rows[[1, 0, 3, 2, 5, 4, 7, 6]])
+
+
 def test_mixup_blends_each_image_with_its_neighbour_and_shares_the_loss_alike() -> None:
     shares = set()
     for step in range(20):

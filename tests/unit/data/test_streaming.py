@@ -174,3 +174,18 @@ def test_a_stream_without_samples_ends_instead_of_looking_for_ever(tmp_path: Pat
         DataError, match=r"empty\.tar, \.\.\.\) hold too few samples: none is left for one of 1 loader processes"
     ):
         next(iter(stream_of(empty, spec)))
+
+
+def test_a_stream_of_several_labels_has_the_rows_of_the_indexed_path(
+    multi_dataset: DatasetManifest, tiny_spec: PreprocessSpec
+) -> None:
+    indexed = ShardDataset(multi_dataset, "train", tiny_spec)
+    config = dataclasses.replace(CONFIG, shuffle_buffer=1, global_batch_size=len(indexed))
+    batch = next(iter(stream_of(without_index(multi_dataset), tiny_spec, config)))
+    assert batch["label"].dtype == torch.uint8
+    assert float(batch["weight"].min()) == 1.0, "an image without a label is none that cannot be read"
+    labels_of = {
+        image.contiguous().numpy().tobytes(): tuple(label.tolist()) for image, label in map(indexed.__getitem__, range(24))
+    }
+    found = zip(batch["image"], batch["label"], strict=True)
+    assert {image.contiguous().numpy().tobytes(): tuple(label.tolist()) for image, label in found} == labels_of

@@ -11,6 +11,7 @@ from pipeline.errors import GateError
 from pipeline.export.graph import export_graph, require_clean
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec
+from tests.unit.conftest import THREE_CLASSES
 
 Change = Callable[[onnx.ModelProto], None]
 
@@ -167,7 +168,7 @@ def test_a_network_on_a_gpu_is_exported_as_one_on_the_cpu(tiny_spec: PreprocessS
     def export(device: str) -> bytes:
         torch.manual_seed(0)
         network: nn.Module = build_network(ModelConfig(channels=[8]), 3, tiny_spec).to(device)
-        model = export_graph(network, tiny_spec, 20, {})
+        model = export_graph(network, THREE_CLASSES, tiny_spec, 20, {})
         require_clean(model, tiny_spec, 20)
         return bytes(model.SerializeToString(deterministic=True))
 

@@ -9,9 +9,10 @@ from torch import nn
 
 from pipeline.config import ExportConfig
 from pipeline.data.dataset import ShardDataset
-from pipeline.export.parity import Parity, compare, describe_failure
+from pipeline.export.parity import Parity, _same_answers, compare, describe_failure
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
+from tests.unit.conftest import THREE_CLASSES, THREE_LABELS
 from tests.unit.export.test_graph import add_training_dropout
 
 CONFIG = ExportConfig(max_batch_size=5)
@@ -23,7 +24,7 @@ def dataset(tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec) -> ShardDa
 
 
 def ask(network: nn.Sequential, model: onnx.ModelProto, dataset: ShardDataset) -> Parity:
-    return compare(network, model.SerializeToString(), "s" * 64, dataset, CONFIG)
+    return compare(network, THREE_CLASSES, model.SerializeToString(), "s" * 64, dataset, CONFIG)
 
 
 def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -89,7 +90,7 @@ def test_a_split_smaller_than_the_largest_batch_is_repeated(
     tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
 ) -> None:
     config = dataclasses.replace(CONFIG, max_batch_size=32)
-    parity = compare(tiny_network, exported_model.SerializeToString(), "s" * 64, dataset, config)
+    parity = compare(tiny_network, THREE_CLASSES, exported_model.SerializeToString(), "s" * 64, dataset, config)
     assert parity.passed
     assert max(case.batch for case in parity.cases) == 32
     assert parity.num_samples == 12
@@ -103,7 +104,7 @@ def test_another_class_fails_however_wide_the_tolerance(
     (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == last.input[1]]
     weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
     wide = dataclasses.replace(CONFIG, tolerance=1e9)
-    parity = compare(tiny_network, model.SerializeToString(), "s" * 64, dataset, wide)
+    parity = compare(tiny_network, THREE_CLASSES, model.SerializeToString(), "s" * 64, dataset, wide)
     assert all(case.max_abs <= case.tolerance for case in parity.cases)
     assert parity.top1_agreement == 0.0, "the most probable class became the least"
     assert not parity.passed
@@ -119,3 +120,24 @@ def test_the_network_is_asked_in_evaluation_mode_whatever_mode_it_comes_in(
     finally:
         tiny_network.eval()
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_network.state_dict().items())
+
+
+# ---- several labels an image ----
+
+
+def test_a_model_of_several_labels_passes_and_one_of_another_task_does_not(
+    tiny_network: nn.Sequential, multi_model: onnx.ModelProto, exported_model: onnx.ModelProto, dataset: ShardDataset
+) -> None:
+    parity = compare(tiny_network, THREE_LABELS, multi_model.SerializeToString(), "s" * 64, dataset, CONFIG)
+    assert parity.passed
+    assert parity.top1_agreement == 1.0
+    other = compare(tiny_network, THREE_LABELS, exported_model.SerializeToString(), "s" * 64, dataset, CONFIG)
+    assert not other.passed
+    assert other.top1_agreement < 1.0, "a softmax puts other labels over 0.5 than a sigmoid does"
+
+
+def test_answers_agree_where_every_label_is_on_the_same_side_or_on_the_edge() -> None:
+    wanted = np.array([[0.9, 0.1], [0.5, 0.1], [0.9, 0.6], [0.499, 0.1]], np.float32)
+    found = np.array([[0.8, 0.2], [0.499999, 0.1], [0.9, 0.4], [0.501, 0.1]], np.float32)
+    same = _same_answers(THREE_LABELS, {"probabilities": wanted}, {"probabilities": found})
+    assert same.tolist() == [True, True, False, False]

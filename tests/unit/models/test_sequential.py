@@ -5,6 +5,7 @@ from typing import Literal
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pipeline.config import Config, ModelConfig
 from pipeline.errors import ConfigError
@@ -13,7 +14,6 @@ from pipeline.models.blocks import GlobalAveragePool
 from pipeline.models.normalize import Normalize
 from pipeline.models.sequential import build_network, count_parameters, require_forward, summarise
 from pipeline.preprocess import PreprocessSpec
-from pipeline.task import sample_losses
 from tests.unit.models.given import images_of, spec_of
 
 Norm = Literal["batch", "group", "none"]
@@ -83,7 +83,7 @@ def test_a_fresh_network_guesses(norm: Norm, num_classes: int) -> None:
     config = ModelConfig(channels=[16, 32, 64], norm=norm)
     network = build_network(config, num_classes, spec_of(16, 16)).eval()
     with torch.no_grad():
-        loss = float(sample_losses(network(images_of(64)), torch.arange(64) % num_classes).mean())
+        loss = float(functional.cross_entropy(network(images_of(64)), torch.arange(64) % num_classes))
     # The last layer's weights have a standard deviation of 0.01, so logits stay within a few hundredths of 0.
     assert loss == pytest.approx(math.log(num_classes), rel=0.05)
 
@@ -119,7 +119,7 @@ def test_with_the_class_shares_as_last_bias_the_first_loss_is_their_entropy(inde
         loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
         entropy = sum(-p * math.log(p) - (1 - p) * math.log(1 - p) for p in shares) / 3
     else:
-        loss = sample_losses(logits, torch.tensor([0] * 70 + [1] * 20 + [2] * 10)).mean()
+        loss = functional.cross_entropy(logits, torch.tensor([0] * 70 + [1] * 20 + [2] * 10))
         entropy = -sum(p * math.log(p) for p in shares)
     # The last layer's weights of 0.01 move the logits by hundredths.
     assert float(loss) == pytest.approx(entropy, rel=0.03)
@@ -194,7 +194,7 @@ def test_a_gpu_gives_the_same_gradients_twice(
         torch.manual_seed(0)
         network = build_network(config, 5, spec_of(96, 96)).cuda()
         torch.manual_seed(1)  # dropout
-        loss = sample_losses(network(images_of(64, 96, 96).cuda()), torch.arange(64, device="cuda") % 5).mean()
+        loss = functional.cross_entropy(network(images_of(64, 96, 96).cuda()), torch.arange(64, device="cuda") % 5)
         return list(torch.autograd.grad(loss, list(network.parameters())))
 
     first, second = gradients(), gradients()

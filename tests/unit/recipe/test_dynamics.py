@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import task
 from pipeline.config import Config
 from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.dataset import ShardDataset
@@ -15,6 +14,7 @@ from pipeline.manifest import DatasetManifest
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec
 from pipeline.recipe.dynamics import Dynamics, commonest_share, read_samples, right_probability
+from pipeline.task import task_of
 from pipeline.tracking.run import RunTracker
 from pipeline.training.classifier import Classifier
 from tests.unit.training.conftest import change, make_trainer
@@ -49,9 +49,9 @@ def train(
 ) -> tuple[Classifier, dict[str, Any], Tracker]:
     tracker = Tracker()
     torch.manual_seed(0)
-    module = Classifier(build_network(config.model, 3, spec), config, 3, total_steps=12)
+    module = Classifier(build_network(config.model, 3, spec), config, task_of(manifest, config), total_steps=12)
     data = ShardDataModule(manifest, spec, config.data, config.seed)
-    trainer = make_trainer(config, Dynamics(config, manifest, spec, task, tracker), *callbacks)
+    trainer = make_trainer(config, Dynamics(config, manifest, spec, task_of(manifest, config), tracker), *callbacks)
     trainer.fit(module, datamodule=data)
     return module, json.loads((config.run_dir / "dynamics.json").read_text()), tracker
 
@@ -111,7 +111,7 @@ def test_looking_does_not_change_what_is_trained(
     config = change(config, "model", dropout=0.5)
     watched, _, _ = train(config, tiny_dataset, tiny_spec)
     torch.manual_seed(0)
-    alone = Classifier(build_network(config.model, 3, tiny_spec), config, 3, total_steps=12)
+    alone = Classifier(build_network(config.model, 3, tiny_spec), config, task_of(tiny_dataset, config), total_steps=12)
     make_trainer(config).fit(alone, datamodule=ShardDataModule(tiny_dataset, tiny_spec, config.data, config.seed))
     for name, tensor in watched.network.state_dict().items():
         assert torch.equal(tensor, alone.network.state_dict()[name]), name

@@ -179,3 +179,35 @@ def test_verify_refuses_edited_preprocessing(exported_model: onnx.ModelProto, tm
 def test_serving_imports_no_torch() -> None:
     script = "import sys, pipeline.cli, pipeline.serving.predictor; print({'torch', 'lightning', 'mlflow'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=60).strip() == "set()"
+
+
+# ---- several labels an image ----
+
+
+def test_every_label_of_one_half_or_more_is_an_answer_the_most_probable_first(
+    multi_model: onnx.ModelProto, tiny_network: nn.Sequential, tiny_spec: PreprocessSpec, tiny_source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(multi_model.SerializeToString())
+    predictor, found = Predictor(tmp_path / "model.onnx"), set()
+    names = ("blue", "green", "red")
+    for path in sorted(tiny_source.glob("*/0*.png")):
+        pixels = torch.from_numpy(decode_image(path.read_bytes(), tiny_spec).copy()).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        with torch.no_grad():
+            wanted = tiny_network(pixels).sigmoid()[0]  # (K,)
+        answer = predictor.predict(path)
+        expected = [names[number] for number in wanted.argsort(descending=True).tolist() if wanted[number] >= 0.5]
+        assert answer.labels == expected
+        np.testing.assert_allclose(list(answer.probabilities.values()), wanted, rtol=0, atol=1e-5)  # as above
+        found.add(len(answer.labels))
+    assert len(found) > 1
+
+
+def test_verify_takes_probabilities_that_do_not_sum_to_1_only_where_an_image_has_several_labels(
+    multi_model: onnx.ModelProto, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(multi_model.SerializeToString())
+    assert verify_model(path)["labels an image"] == "several"
+    edited(multi_model, path, lambda metadata: metadata.update({"shardline.task": "single"}))
+    with pytest.raises(ModelError, match="does not answer with one probability for each of its classes"):
+        verify_model(path)

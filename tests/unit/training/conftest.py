@@ -18,6 +18,7 @@ from pipeline.manifest import DatasetManifest
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.run import RunRecord
+from pipeline.task import task_of
 from pipeline.training.checkpoint_writer import DurableCheckpointIO
 from pipeline.training.classifier import Classifier
 from pipeline.training.fit import prepare_network, training_options
@@ -54,29 +55,32 @@ def own_signals() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_classifier(tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> Callable[[Config], Classifier]:
+def make_classifier(tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> Callable[..., Classifier]:
     """A function that gives the module of a configuration, its weights drawn from the seed."""
 
-    def make(config: Config) -> Classifier:
+    def make(config: Config, manifest: DatasetManifest = tiny_dataset) -> Classifier:
         L.seed_everything(config.seed, verbose=False)
-        network = build_network(config.model, len(tiny_dataset.class_names), spec)
+        task = task_of(manifest, config)
+        network = build_network(config.model, task.num_outputs, spec)
         prepare_network(network, config.trainer)
-        steps = steps_per_epoch(36, config.data.global_batch_size, drop_last=config.data.drop_last)
-        return Classifier(network, config, len(tiny_dataset.class_names), total_steps=steps * config.trainer.max_epochs)
+        steps = steps_per_epoch(
+            manifest.split("train").num_samples, config.data.global_batch_size, drop_last=config.data.drop_last
+        )
+        return Classifier(network, config, task, total_steps=steps * config.trainer.max_epochs)
 
     return make
 
 
 @pytest.fixture
 def fit(
-    tiny_dataset: DatasetManifest, spec: PreprocessSpec, make_classifier: Callable[[Config], Classifier], own_signals: None
+    tiny_dataset: DatasetManifest, spec: PreprocessSpec, make_classifier: Callable[..., Classifier], own_signals: None
 ) -> Fit:
     """A function that trains a configuration with some callbacks, from a checkpoint and on another data set if given."""
 
     def train(
         config: Config, *callbacks: L.Callback, resume: Path | None = None, manifest: DatasetManifest = tiny_dataset
     ) -> Classifier:
-        module = make_classifier(config)
+        module = make_classifier(config, manifest)
         data = ShardDataModule(manifest, spec, config.data, config.seed)
         make_trainer(config, *callbacks).fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         return module

@@ -6,10 +6,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch.nn import functional
 
 from pipeline.config import Config
 from pipeline.data.dataset import Batch
-from pipeline.task import Metrics, sample_losses
+from pipeline.metrics import Metrics
 from pipeline.tracking.run import RunTracker
 from pipeline.training.bad_samples import BadSampleLedger
 from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
@@ -45,7 +46,7 @@ class EachStep(L.Callback):
         logits = module.network(batch["image"]).detach()
         accuracy = (logits.argmax(dim=1) == batch["label"]).double().mean()
         rate = float(trainer.optimizers[0].param_groups[0]["lr"])
-        self.figures.append((float(sample_losses(logits, batch["label"]).mean()), float(accuracy), rate))
+        self.figures.append((float(functional.cross_entropy(logits, batch["label"])), float(accuracy), rate))
 
 
 def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fit: Fit, tmp_path: Path) -> None:
@@ -72,9 +73,9 @@ def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fi
         assert metrics["train/learning_rate"] == rate
     assert tracker.num_flushed == len(tracker.points), "a validation is saved, and its points must be before"
     assert module.metrics is not None
+    names = ("accuracy", "loss", "macro_f1", "auroc", "average_precision", "ece")
     assert validation[8] == {
-        "val/loss": module.metrics.loss,
-        "val/accuracy": module.metrics.accuracy,
+        **{f"val/{name}": getattr(module.metrics, name) for name in names},
         **{f"val/recall/{name}": recall for name, recall in zip(CLASS_NAMES, module.metrics.recall, strict=True)},
     }
 

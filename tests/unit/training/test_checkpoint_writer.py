@@ -13,9 +13,9 @@ import torch
 
 from pipeline.config import Config
 from pipeline.manifest import DatasetManifest
+from pipeline.metrics import Metrics
 from pipeline.preprocess import PreprocessSpec
 from pipeline.run import BEST, LAST, RunRecord
-from pipeline.task import Metrics
 from pipeline.training import checkpoint_writer
 from pipeline.training.checkpoint import checkpoint_path, checkpoints_in, identity_of, load_checkpoint, step_of
 from pipeline.training.checkpoint_writer import CheckpointWriter, DurableCheckpointIO

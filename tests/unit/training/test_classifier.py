@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from pipeline.config import AugmentConfig, Config
@@ -13,8 +14,8 @@ from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.mixing import mix_batch
 from pipeline.manifest import DatasetManifest
+from pipeline.metrics import Metrics
 from pipeline.preprocess import PreprocessSpec
-from pipeline.task import Metrics, sample_losses
 from pipeline.training.classifier import Classifier, monitored, seed_torch
 from tests.unit.training.conftest import Fit, change, make_trainer, weights_of
 
@@ -47,7 +48,7 @@ def test_the_loss_is_the_mean_over_the_real_samples(
     real = batch["weight"] > 0
     loss = module.training_step(batch, 0).detach()
     logits = module(batch["image"])[real].detach()
-    expected = sample_losses(logits, batch["label"][real])
+    expected = functional.cross_entropy(logits, batch["label"][real], reduction="none")
     # The same few float32 numbers, added in another order.
     assert float(loss) == pytest.approx(float(expected.mean()), rel=1e-6)
     summed, correct, weight = module.step_sums.tolist()
@@ -66,9 +67,71 @@ def test_the_loss_of_a_mixed_batch_belongs_to_both_labels(tiny_config: Config, m
     mixed = mix_batch(images, labels, weights, config.data.augment, config.seed, step=0)
     assert mixed is not None and 0 < float(mixed.share[0]) < 1
     logits = module(mixed.image).detach()
-    own, other = sample_losses(logits, labels), sample_losses(logits, labels[[1, 0, 3, 2]])
+    own, other = (functional.cross_entropy(logits, each, reduction="none") for each in (labels, labels[[1, 0, 3, 2]]))
     expected = (mixed.share * own + (1 - mixed.share) * other).mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)  # float32, added in another order
+
+
+def test_class_weights_and_smoothing_are_in_the_loss_and_not_in_its_divisor(
+    tiny_config: Config, make_classifier: MakeClassifier
+) -> None:
+    weights = [0.5, 2.0, 3.0]
+    config = change(change(tiny_config, "model", dropout=0.0, norm="group"), "loss", class_weights=weights, label_smoothing=0.1)
+    module, batch = make_classifier(config), batch_of([1.0] * 4)
+    loss = float(module.training_step(batch, 0))
+    logits = module(batch["image"]).detach()
+    losses = functional.cross_entropy(logits, batch["label"], torch.tensor(weights), label_smoothing=0.1, reduction="sum")
+    assert loss == pytest.approx(float(losses) / 4, rel=1e-6)  # float32
+
+
+# ---- several labels an image ----
+
+
+def rows_of(manifest: DatasetManifest, spec: PreprocessSpec, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images (N, 3, H, W) and label rows (N, K) of a split."""
+    dataset = ShardDataset(manifest, name, spec)
+    images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def test_several_labels_are_learned_measured_and_kept_for_each_sample(
+    tiny_config: Config, multi_dataset: DatasetManifest, spec: PreprocessSpec, fit: Fit
+) -> None:
+    config = change(change(tiny_config, "optimizer", name="Adam", lr=0.02), "trainer", max_epochs=6)
+    module = fit(change(config, "model", norm="group"), manifest=multi_dataset)
+    images, labels = rows_of(multi_dataset, spec, "val")
+    with torch.no_grad():
+        logits = module.network.eval()(images)
+    assert module.metrics is not None
+    assert module.metrics.accuracy == float(((logits >= 0) == labels).all(dim=1).double().mean())
+    expected = functional.binary_cross_entropy_with_logits(logits, labels.float())
+    assert module.metrics.loss == pytest.approx(float(expected), rel=1e-5)  # batches of other sizes, in float32
+    assert module.metrics.loss < 0.6, "less than ln 2 an output"
+
+    data = ShardDataModule(multi_dataset, spec, config.data, config.seed)
+    make_trainer(config).test(module, datamodule=data, verbose=False)
+    (rows,) = module.predictions  # (N, 1 + K)
+    images, _ = rows_of(multi_dataset, spec, "test")
+    with torch.no_grad():
+        shown = module.network.eval()(images).sigmoid()
+    assert rows[:, 0].tolist() == list(range(len(images)))
+    torch.testing.assert_close(rows[:, 1:].float(), shown, rtol=1e-5, atol=1e-6)  # as above
+
+
+def test_mixed_images_have_the_labels_of_both_in_part(
+    tiny_config: Config, multi_dataset: DatasetManifest, spec: PreprocessSpec, make_classifier: Callable[..., Classifier]
+) -> None:
+    config = change(change(tiny_config, "model", dropout=0.0, norm="group"), "data", augment=AugmentConfig(mixup=0.4))
+    module = make_classifier(config, multi_dataset)
+    images, labels = (part[:4] for part in rows_of(multi_dataset, spec, "train"))
+    batch = Batch(image=images, label=labels, weight=torch.ones(4), index=torch.arange(4), bad=[])
+    loss = float(module.training_step(batch, 0))
+    mixed = mix_batch(images, labels, batch["weight"], config.data.augment, config.seed, step=0)
+    assert mixed is not None
+    share = mixed.share[:, None]
+    targets = share * labels + (1 - share) * labels[[1, 0, 3, 2]]
+    expected = functional.binary_cross_entropy_with_logits(module(mixed.image).detach(), targets)
+    assert loss == pytest.approx(float(expected), rel=1e-6)  # float32
 
 
 class Interfere(L.Callback):
@@ -116,7 +179,7 @@ def test_validation_gives_the_figures_of_the_whole_split(
     assert module.metrics.num_samples == 12  # a batch of 8 and one of 4 and 4 padding rows
     assert module.metrics.accuracy == float((logits.argmax(dim=1) == labels).double().mean())
     # Convolutions over another batch size differ in the last bits of float32.
-    assert module.metrics.loss == pytest.approx(float(sample_losses(logits, labels).mean()), rel=1e-5)
+    assert module.metrics.loss == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=1e-5)
 
 
 def test_a_test_keeps_the_prediction_of_each_sample_in_order(
@@ -125,18 +188,18 @@ def test_a_test_keeps_the_prediction_of_each_sample_in_order(
     module = make_classifier(tiny_config)
     data = ShardDataModule(tiny_dataset, spec, tiny_config.data, tiny_config.seed)
     make_trainer(tiny_config).test(module, datamodule=data, verbose=False)
-    images, labels = split_of(tiny_dataset, spec, "test")
+    images, _ = split_of(tiny_dataset, spec, "test")
     with torch.no_grad():
         confidence, predicted = module.network.eval()(images).softmax(dim=1).max(dim=1)
-    (rows,) = module.predictions  # (N, 4)
+    (rows,) = module.predictions  # (N, 3)
     assert rows[:, 0].tolist() == list(range(12))
-    assert torch.equal(rows[:, 1].long(), labels)
-    assert torch.equal(rows[:, 2].long(), predicted)
-    torch.testing.assert_close(rows[:, 3].float(), confidence, rtol=1e-5, atol=1e-6)  # as above
+    assert torch.equal(rows[:, 1].long(), predicted)
+    torch.testing.assert_close(rows[:, 2].float(), confidence, rtol=1e-5, atol=1e-6)  # as above
 
 
-def test_the_monitor_decides_by_accuracy_or_loss(tiny_config: Config) -> None:
-    metrics = Metrics(4, accuracy=0.75, loss=0.5, recall=[])
+def test_the_monitor_may_be_any_figure(tiny_config: Config) -> None:
+    metrics = Metrics(4, accuracy=0.75, loss=0.5, recall=[], auroc=0.875)
+    assert monitored(change(tiny_config, "trainer", monitor="val/auroc"), metrics) == 0.875
     assert monitored(change(tiny_config, "trainer", monitor="val/accuracy"), metrics) == 0.75
     assert monitored(change(tiny_config, "trainer", monitor="val/loss"), metrics) == 0.5
 

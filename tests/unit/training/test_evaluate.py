@@ -73,6 +73,10 @@ def test_an_evaluation_leaves_its_figures_and_every_prediction(
         "num_bad_samples",
         "accuracy",
         "loss",
+        "macro_f1",
+        "auroc",
+        "average_precision",
+        "ece",
         "recall",
         "data_digest",
         "checkpoint_sha256",
@@ -87,7 +91,8 @@ def test_an_evaluation_leaves_its_figures_and_every_prediction(
     for name, recall in result["recall"].items():
         of_class = [correct for row, correct in zip(rows, right, strict=True) if row["label"] == name]
         assert recall == sum(of_class) / 4
-    assert tracker.figures == {"test/accuracy": result["accuracy"], "test/loss": result["loss"]}
+    names = ("accuracy", "loss", "macro_f1", "auroc", "average_precision", "ece")
+    assert tracker.figures == {f"test/{name}": result[name] for name in names}
     assert tracker.files == ["evaluation/test.json", "evaluation/predictions.csv"]
     saved = RunRecord.require(tiny_config.run_dir)
     assert saved.stage_is_done("evaluate", saved.inputs_of("evaluate", tiny_config, "test"))

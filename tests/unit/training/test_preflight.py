@@ -1,4 +1,6 @@
 import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -6,15 +8,15 @@ import pytest
 import torch
 import torch._inductor.config
 from torch import nn
+from torch.nn import functional
 
 from pipeline import accelerator
-from pipeline.config import Config
+from pipeline.config import Config, LossConfig
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import ConfigError, DataError
-from pipeline.manifest import DatasetManifest
+from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec
-from pipeline.task import sample_losses
 from pipeline.training.optim import build_optimizer
 from pipeline.training.preflight import require_consistent, require_trainable
 from tests.unit.training.conftest import change
@@ -133,9 +135,27 @@ def test_what_would_fail_on_a_rank_is_refused_before_one_starts(
         require_trainable(change(tiny_config, section, **values), tiny_dataset, 1)
 
 
-def test_a_task_that_cannot_be_trained_is_refused(tiny_config: Config, tiny_dataset: DatasetManifest) -> None:
-    with pytest.raises(DataError, match="task is `multi`"):
-        require_trainable(tiny_config, dataclasses.replace(tiny_dataset, task="multi"), 1)
+def test_several_labels_an_image_can_be_trained_if_their_rows_are_there(
+    tiny_config: Config, multi_dataset: DatasetManifest, tmp_path: Path
+) -> None:
+    require_trainable(tiny_config, multi_dataset, 1)
+    copy = load_dataset(shutil.copytree(multi_dataset.folder, tmp_path / "copy"))
+    path = copy.folder / "val.labels.npy"
+    rows = np.load(path)
+    rows[2, 1] = 7
+    np.save(path, rows)
+    with pytest.raises(DataError, match=r"val\.labels\.npy: the labels of sample 2 are not 0 and 1"):
+        require_trainable(tiny_config, copy, 1)
+    path.unlink()
+    with pytest.raises(DataError, match=r"val\.labels\.npy: not a file of label rows"):
+        require_trainable(tiny_config, copy, 1)
+
+
+def test_a_loss_or_monitor_that_the_data_set_cannot_have_is_refused(tiny_config: Config, tiny_dataset: DatasetManifest) -> None:
+    with pytest.raises(ConfigError, match="one label of 3 classes"):
+        require_trainable(dataclasses.replace(tiny_config, loss=LossConfig(name="bce")), tiny_dataset, 1)
+    with pytest.raises(ConfigError, match="val/top5, which needs more than 5 classes"):
+        require_trainable(change(tiny_config, "trainer", monitor="val/top5"), tiny_dataset, 1)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -167,7 +187,7 @@ def test_every_optimizer_of_torch_is_refused_or_takes_a_step(
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = sample_losses(network(images), labels).mean()
+        loss = functional.cross_entropy(network(images), labels)
         torch.autograd.backward(loss)
         return float(loss.detach())
 

@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.config import AugmentConfig, Config
 from pipeline.data.replay import TILES_ON_A_SHEET, draw_step, replay_step
 from pipeline.errors import ConfigError
-from pipeline.manifest import DatasetManifest
+from pipeline.manifest import DatasetManifest, open_labels
 from pipeline.preprocess import PreprocessSpec
 from pipeline.training.classifier import Classifier
 from tests.unit.data.test_dataset import damage
@@ -91,3 +91,15 @@ def test_the_picture_holds_every_pixel_and_a_large_batch_several_sheets(
     wide = replay_step(change(config, "data", global_batch_size=100), tiny_dataset, spec, 1)
     assert len(wide.images) > TILES_ON_A_SHEET
     assert [path.name for path in draw_step(wide, tmp_path)] == ["step-00000001-1.png", "step-00000001-2.png"]
+
+
+def test_several_labels_of_a_replayed_sample_are_named(
+    tiny_config: Config, multi_dataset: DatasetManifest, spec: PreprocessSpec
+) -> None:
+    labels = open_labels(multi_dataset, "train")
+    config = change(tiny_config, "data", augment=AugmentConfig(mixup=0.4))
+    replayed = replay_step(config, multi_dataset, spec, 2)
+    names = np.array(multi_dataset.class_names)
+    for sample in replayed.samples:
+        assert sample.label == "|".join(names[labels[sample.index] > 0])
+    assert replayed.samples[0].note.endswith(f"rest {replayed.samples[1].label}")
