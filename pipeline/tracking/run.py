@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
-from pipeline.run import RunRecord
+from pipeline.run import Outcome, RunRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 JOB_TAG = "shardline.job_id"
+STATUS: dict[Outcome, str] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 NAMES = ("seed", "data", "model", "optimizer", "scheduler", "trainer", "preprocess")
 
 
@@ -60,6 +61,13 @@ class RunTracker:
     def finish(self, status: str = "FINISHED") -> None:
         """Mark the run FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.run_id, status)
+
+    def leave(self, outcome: Outcome) -> None:
+        """Give the run the status that its training has: SCHEDULED where that is still to come."""
+        if outcome == "running":
+            self.client.update_run(self.run_id, status="SCHEDULED")
+        else:
+            self.finish(STATUS[outcome])
 
 
 def tracking_uri(config: Config) -> str:

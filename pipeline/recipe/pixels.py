@@ -1,0 +1,134 @@
+"""What exactly enters the network? The tensors just before its first layer, against the normalisation that was declared."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.data.dataset import Batch
+from pipeline.preprocess import PRESETS
+from pipeline.recipe.verdict import Subject, Verdict
+from pipeline.report.charts import Histogram
+from pipeline.report.grid import draw_grid
+from pipeline.report.html import Cell, Picture, PictureGroup, Pictures, Table, Text
+
+TILES = 32
+NUM_IMAGES = 512
+# float32 on a GPU against float64 here.
+ROUNDING = 1e-3
+# A resize smooths and a crop leaves out what the statistics were taken over; constants of other data are further off.
+MEAN_TOLERANCE, STD_TOLERANCE = 0.1, 0.3
+STANDARD_ERRORS = 4.0
+CHANNELS = ("red", "green", "blue")
+BINS = 40
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What the network is given: its own normalised tensors (n, 3, H, W), and what the declared numbers make of the images."""
+
+    given: torch.Tensor
+    declared: torch.Tensor
+
+
+def check_pixels(subject: Subject) -> Verdict:
+    """Compare what leaves the network's normalisation with the declared one, and its mean and deviation with 0 and 1.
+
+    The first comparison is exact up to rounding, for every normalisation. The second holds only where the numbers are said to
+    be those of this data set: a channel's mean over at most NUM_IMAGES images may be off by MEAN_TOLERANCE standard deviations
+    and STANDARD_ERRORS of its own error, taken from how images differ; its deviation by a share of STD_TOLERANCE.
+    """
+    fed = _feed(subject, list(_images(subject)))
+    reached = float((fed.given - fed.declared).abs().max())
+    scale = 1 + float(fed.declared.abs().max())
+    of_data = _is_of_data(subject)
+    expected = f"(pixels / {subject.spec.scale} - mean) / std as declared"
+    expected += f", mean 0 +- {MEAN_TOLERANCE:g}, deviation 1 +- {STD_TOLERANCE:.0%}" if of_data else ""
+    blocks = (Pictures([_grid(subject)], side=1200), _figures(fed), _histogram(fed))
+    if not reached <= ROUNDING * scale:
+        low, high = float(fed.given.min()), float(fed.given.max())
+        what = "the images are not normalised" if high > 100 else "they are normalised with other numbers"
+        why = (
+            f"what enters the first layer lies between {low:.3g} and {high:.3g}, up to {reached:.3g} from the declared: {what}"
+        )
+        return Verdict("pixels", "red", reached, expected, why, blocks)
+    faults = list(_off_centre(fed)) if of_data else []
+    if faults:
+        why = f"the declared numbers are not those of these images: {'; '.join(faults)}"
+        return Verdict("pixels", "red", reached, expected, why, blocks)
+    means = ", ".join(f"{mean:.2f}" for mean in fed.given.mean(dim=(0, 2, 3)).tolist())
+    stds = ", ".join(f"{std:.2f}" for std in fed.given.std(dim=(0, 2, 3)).tolist())
+    return Verdict("pixels", "green", reached, expected, f"normalised as declared: mean {means}, deviation {stds}", blocks)
+
+
+def draw_first_batch(subject: Subject) -> bytes:
+    """A PNG of the first images as they are trained on, augmented, each over its label."""
+    batch = subject.first_batch(augmented=True, size=TILES)
+    fed = _feed(subject, [batch])
+    return draw_tensors(subject, fed.given, [subject.label_names(label) for label in batch["label"]])
+
+
+def draw_tensors(subject: Subject, tensors: torch.Tensor, captions: list[str]) -> bytes:
+    """A PNG of normalised tensors (n, 3, H, W): the declared normalisation is undone, so that only a wrong one looks wrong."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (subject.spec.mean, subject.spec.std))
+    images = ((tensors.cpu().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return draw_grid(images.permute(0, 2, 3, 1).numpy(), captions)
+
+
+def _is_of_data(subject: Subject) -> bool:
+    return subject.config.preprocess.normalization not in PRESETS and subject.weights is None
+
+
+def _images(subject: Subject) -> Iterator[Batch]:
+    if subject.is_streamed:
+        yield subject.first_batch(augmented=False)
+    else:
+        yield from subject.sampled("train", NUM_IMAGES)
+
+
+def _feed(subject: Subject, batches: list[Batch]) -> Fed:
+    normalize = subject.build_network(subject.config.seed).eval()[0]
+    images = torch.cat([batch["image"] for batch in batches])
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (subject.spec.mean, subject.spec.std))
+    with torch.no_grad():
+        given = torch.cat([normalize(batch["image"]) for batch in batches]).cpu().double()
+    return Fed(given, (images.cpu().double() / subject.spec.scale - mean) / std)
+
+
+def _off_centre(fed: Fed) -> Iterator[str]:
+    by_image = fed.given.mean(dim=(2, 3))  # (n, 3)
+    errors = by_image.std(dim=0, correction=0) / math.sqrt(len(by_image))
+    means, stds = by_image.mean(dim=0), fed.given.std(dim=(0, 2, 3), correction=0)
+    for channel, mean, error, std in zip(CHANNELS, means.tolist(), errors.tolist(), stds.tolist(), strict=True):
+        if not abs(mean) <= MEAN_TOLERANCE + STANDARD_ERRORS * error:
+            yield f"{channel} has mean {mean:.2f}, not 0"
+        if not 1 / (1 + STD_TOLERANCE) <= std <= 1 + STD_TOLERANCE:
+            yield f"{channel} has deviation {std:.2f}, not 1"
+
+
+# ---- for the page ----
+
+
+def _grid(subject: Subject) -> PictureGroup:
+    return PictureGroup([Picture(draw_first_batch(subject), ["the first batch, augmented, normalisation undone"])])
+
+
+def _figures(fed: Fed) -> Table:
+    channels = [fed.given[:, number] for number in range(3)]
+    rows: list[list[Cell]] = [
+        [name, float(c.mean()), float(c.std()), float(c.min()), float(c.max())]
+        for name, c in zip(CHANNELS, channels, strict=True)
+    ]
+    return Table(
+        ["channel", "mean", "deviation", "smallest", "largest"], rows, f"{len(fed.given)} images as the network gets them"
+    )
+
+
+def _histogram(fed: Fed) -> Histogram | Text:
+    low, high = float(fed.given.min()), float(fed.given.max())
+    if not high > low:
+        return Text(["Every value is the same, or none is a number."])
+    counts = [torch.histc(fed.given[:, number], BINS, low, high).int().tolist() for number in range(3)]
+    edges = [low + (high - low) * place / BINS for place in range(BINS + 1)]
+    return Histogram(edges, CHANNELS, counts, "Values as the network gets them", lambda edge: f"{edge:.2f}")
