@@ -4,13 +4,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.data.dataset import Batch
-from pipeline.preprocess import PRESETS
+from pipeline.preprocess import PRESETS, PreprocessSpec
 from pipeline.recipe.verdict import Subject, Verdict
 from pipeline.report.charts import Histogram
-from pipeline.report.grid import draw_grid
+from pipeline.report.grid import draw_grid, draw_tile
 from pipeline.report.html import Cell, Picture, PictureGroup, Pictures, Table, Text
 
 TILES = 32
@@ -45,7 +47,7 @@ def check_pixels(subject: Subject) -> Verdict:
     of_data = _is_of_data(subject)
     expected = f"(pixels / {subject.spec.scale} - mean) / std as declared"
     expected += f", mean 0 +- {MEAN_TOLERANCE:g}, deviation 1 +- {STD_TOLERANCE:.0%}" if of_data else ""
-    blocks = (Pictures([_grid(subject)], side=1200), _figures(fed), _histogram(fed))
+    blocks = (_tiles(subject), _figures(fed), _histogram(fed))
     if not reached <= ROUNDING * scale:
         low, high = float(fed.given.min()), float(fed.given.max())
         what = "the images are not normalised" if high > 100 else "they are normalised with other numbers"
@@ -64,16 +66,21 @@ def check_pixels(subject: Subject) -> Verdict:
 
 def draw_first_batch(subject: Subject) -> bytes:
     """A PNG of the first images as they are trained on, augmented, each over its label."""
+    return draw_grid(*_first_images(subject))
+
+
+def _first_images(subject: Subject) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    """Pixels (n, H, W, 3) and labels of the first batch."""
     batch = subject.first_batch(augmented=True, size=TILES)
     fed = _feed(subject, [batch])
-    return draw_tensors(subject, fed.given, [subject.label_names(label) for label in batch["label"]])
+    return undo_normalisation(subject.spec, fed.given), [subject.label_names(label) for label in batch["label"]]
 
 
-def draw_tensors(subject: Subject, tensors: torch.Tensor, captions: list[str]) -> bytes:
-    """A PNG of normalised tensors (n, 3, H, W): the declared normalisation is undone, so that only a wrong one looks wrong."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (subject.spec.mean, subject.spec.std))
-    images = ((tensors.cpu().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return draw_grid(images.permute(0, 2, 3, 1).numpy(), captions)
+def undo_normalisation(spec: PreprocessSpec, tensors: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Pixels (n, H, W, 3) of normalised tensors (n, 3, H, W), by the declared numbers: what was done by others looks wrong."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
+    images = ((tensors.cpu().float() * std + mean) * spec.scale).round().clamp(0, 255).to(torch.uint8)
+    return images.permute(0, 2, 3, 1).numpy()
 
 
 def _is_of_data(subject: Subject) -> bool:
@@ -110,8 +117,12 @@ def _off_centre(fed: Fed) -> Iterator[str]:
 # ---- for the page ----
 
 
-def _grid(subject: Subject) -> PictureGroup:
-    return PictureGroup([Picture(draw_first_batch(subject), ["the first batch, augmented, normalisation undone"])])
+def _tiles(subject: Subject) -> Pictures:
+    images, labels = _first_images(subject)
+    pictures = [Picture(draw_tile(pixels), [label]) for pixels, label in zip(images, labels, strict=True)]
+    return Pictures(
+        [PictureGroup(pictures, "The first batch of the training, augmented; the declared normalisation is undone")]
+    )
 
 
 def _figures(fed: Fed) -> Table:

@@ -12,7 +12,7 @@ from pipeline.report.html import escape, format_cell
 MAX_SERIES = 4  # as many colours as STYLE has
 PLOT_WIDTH, PLOT_HEIGHT = 720, 96
 TICK_HEIGHT = 18
-LINES_HEIGHT = 160
+LINES_HEIGHT, HEADROOM = 160, 20
 SMALLEST_SPAN = 1e-6
 SMALLEST_BAR = 0.4  # of 100: a class with one image must not look like one with none
 
@@ -152,7 +152,7 @@ class LineChart:
 
     @staticmethod
     def _points(line: Sequence[float], longest: int, low: float, high: float) -> str:
-        scale = LINES_HEIGHT / (high - low)
+        scale = (LINES_HEIGHT - HEADROOM) / (high - low)
         return " ".join(
             f"{place * PLOT_WIDTH / max(1, longest - 1):.1f},{LINES_HEIGHT - (value - low) * scale:.1f}"
             for place, value in enumerate(line)
