@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pipeline
 from pipeline import distributed, launch
@@ -468,9 +468,20 @@ def _show_result(run_dir: Path, next_command: str) -> None:
         "accuracy": f"{result['accuracy']:.4f} on all {result['num_samples']:,} samples of {result['split']}",
         "loss": f"{result['loss']:.4f}",
         "hardest": ", ".join(f"{name} (recall {recall:.3f})" for recall, name in worst),
+        **_beside_baselines(result["baselines"]),
         "in": str(path),
     }
     closing_box("evaluated", facts, next_command)
+
+
+def _beside_baselines(baselines: dict[str, Any] | None) -> dict[str, str]:
+    """What the network is measured against; nothing where `check` left no baselines of these data."""
+    if baselines is None:
+        return {}
+    accuracies = {name: value for name, value in baselines.items() if name != "beaten"}
+    best = max(accuracies, key=lambda name: accuracies[name])
+    verdict = "beats" if baselines["beaten"] else "DOES NOT BEAT"
+    return {"baselines": f"{verdict} {best.replace('_', ' ')} ({accuracies[best]:.4f})"}
 
 
 def export(argv: list[str]) -> int:

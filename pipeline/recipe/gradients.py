@@ -38,13 +38,14 @@ class Watched:
 def check_gradients(subject: Subject) -> Verdict:
     """Three questions, none of which has a tolerance: a gradient, or an output, is 0 or it is not.
 
-    In evaluation, has a sample's loss a gradient at its own input, and exactly none at the others'? In a few training steps,
-    does every parameter that `model.freeze` does not name get one? Does every nn.ReLU let something of the batch through?
+    In a few training steps, does every parameter that `model.freeze` does not name get a gradient, and does every nn.ReLU let
+    something of the batch through? In evaluation after them, has a sample's loss a gradient at its own image, and exactly none
+    at the others'?
     """
     batch = subject.first_batch(augmented=False, size=MAX_SAMPLES)
     expected = "each loss depends on its own image only, every parameter gets a gradient, no ReLU is 0 on the whole batch"
-    watched = _train(subject, batch)
     network = subject.build_network(subject.config.seed)
+    watched = _train(subject, network, batch)
     meant = [name for name, _ in network.named_parameters() if not subject.is_frozen(name)]
     silent = [name for name in meant if name not in watched.reached]
     held = [name for name, parameter in network.named_parameters() if name in meant and not parameter.requires_grad]
@@ -84,15 +85,14 @@ def _dependencies(subject: Subject, network: nn.Sequential, batch: Batch) -> Ite
         yield "in evaluation, the loss of an image depends on others in its batch"
 
 
-def _train(subject: Subject, batch: Batch) -> Watched:
-    network, watched = subject.build_network(subject.config.seed), Watched()
+def _train(subject: Subject, network: nn.Sequential, batch: Batch) -> Watched:
+    watched = Watched()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not trained:
         return watched
     optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE)
-    for name, module in network.named_modules():
-        if isinstance(module, nn.ReLU | nn.ReLU6):
-            module.register_forward_hook(_watch(watched, name))
+    relus = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.ReLU | nn.ReLU6)]
+    hooks = [module.register_forward_hook(_watch(watched, name)) for name, module in relus]
     for _ in range(NUM_STEPS):
         optimizer.zero_grad()
         torch.autograd.backward(subject.sample_losses(network(batch["image"]), batch["label"]).mean())
@@ -100,6 +100,8 @@ def _train(subject: Subject, batch: Batch) -> Watched:
             if parameter.grad is not None and bool(parameter.grad.any()):
                 watched.reached.add(name)
         optimizer.step()
+    for hook in hooks:
+        hook.remove()
     return watched
 
 

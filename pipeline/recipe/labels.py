@@ -205,7 +205,7 @@ def permutation_score(guessed: Numbers, labels: Numbers) -> tuple[float, float]:
     centred = np.eye(size) - has[:, None] / number - says[None] / number + mean / number
     variance = says @ centred**2 @ has / max(1, number - 1)
     hits = int((guessed == labels).sum())
-    return mean / number, float((hits - mean) / np.sqrt(variance)) if variance > 1e-12 else 0.0
+    return float(mean / number), float((hits - mean) / np.sqrt(variance)) if variance > 1e-12 else 0.0
 
 
 # ---- for the page ----

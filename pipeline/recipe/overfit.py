@@ -15,6 +15,7 @@ from pipeline.report.charts import LineChart
 MAX_SAMPLES = 32
 MAX_STEPS = 300
 LOSS_GOAL = 0.05
+LEARNED = 0.5
 # With dropout on, judged as it is evaluated: the network must have gone at least this part of the way from a guess.
 REGULARISED_SHARE = 0.5
 STEPS_BETWEEN_LOOKS = 10
@@ -35,7 +36,7 @@ def check_overfit(subject: Subject) -> Verdict:
     """Fit one small batch twice: without dropout to a loss of about 0, with the configured dropout to a looser goal.
 
     Losses count from the lowest that any logits could have on these labels, which is above 0 with smoothed labels. An image is
-    learned when its own loss is within ln 2 of that: its label then has more than half of the probability.
+    learned when its own loss is within LEARNED of that: its label then has six tenths of the probability.
     """
     batch = subject.first_batch(augmented=False, size=MAX_SAMPLES)
     number = len(batch["label"])
@@ -81,7 +82,7 @@ def _without_regularisation(subject: Subject, batch: Batch, floor: torch.Tensor)
             learned=lambda _, losses: _is_learned(losses - floor),
         )
         above = [losses_of_step - floor for losses_of_step in losses]
-        num_learned = int((above[-1] < math.log(2)).sum())
+        num_learned = int((above[-1] < LEARNED).sum())
         attempts.append(Attempt([float(loss.mean()) for loss in above], _is_learned(above[-1]), num_learned, lr))
         if attempts[-1].reached:
             return attempts[-1]
@@ -89,7 +90,7 @@ def _without_regularisation(subject: Subject, batch: Batch, floor: torch.Tensor)
 
 
 def _is_learned(above: torch.Tensor) -> bool:
-    return bool(above.mean() < LOSS_GOAL) and bool((above < math.log(2)).all())
+    return bool(above.mean() < LOSS_GOAL) and bool((above < LEARNED).all())
 
 
 def _with_regularisation(subject: Subject, batch: Batch, floor: torch.Tensor, lr: float, goal: float) -> Attempt:

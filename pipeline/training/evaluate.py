@@ -15,6 +15,7 @@ from pipeline.files import write_bytes, write_json
 from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import spec_for
+from pipeline.recipe.baselines import compare_with_baselines
 from pipeline.run import RunRecord, require_run
 from pipeline.task import Metrics
 from pipeline.tracking.run import open_tracker
@@ -50,6 +51,7 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
         "num_bad_samples": metrics.num_bad,
         "accuracy": metrics.accuracy,
         "loss": metrics.loss,
+        "baselines": compare_with_baselines(config.run_dir, manifest.digest, split, metrics.accuracy),
         "recall": dict(zip(manifest.class_names, metrics.recall, strict=True)),
         "data_digest": manifest.digest,
         "checkpoint_sha256": record.best["sha256"],

@@ -73,6 +73,7 @@ def test_an_evaluation_leaves_its_figures_and_every_prediction(
         "num_bad_samples",
         "accuracy",
         "loss",
+        "baselines",
         "recall",
         "data_digest",
         "checkpoint_sha256",
