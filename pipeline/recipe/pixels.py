@@ -1,6 +1,5 @@
 """What exactly enters the network? The tensors just before its first layer, against the normalisation that was declared."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,8 +8,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline.data.dataset import Batch
-from pipeline.preprocess import PRESETS, PreprocessSpec
-from pipeline.recipe.verdict import Subject, Verdict
+from pipeline.errors import DataError
+from pipeline.preprocess import PRESETS, PreprocessSpec, open_image
+from pipeline.recipe.verdict import Subject, Verdict, draw_rows
 from pipeline.report.charts import Histogram
 from pipeline.report.grid import draw_grid, draw_tile
 from pipeline.report.html import Cell, Picture, PictureGroup, Pictures, Table, Text
@@ -19,9 +19,10 @@ TILES = 32
 NUM_IMAGES = 512
 # float32 on a GPU against float64 here.
 ROUNDING = 1e-3
-# A resize smooths and a crop leaves out what the statistics were taken over; constants of other data are further off.
-MEAN_TOLERANCE, STD_TOLERANCE = 0.1, 0.3
+# Statistics may come from a part of the split; constants of other data are further off.
+TOLERANCE = 0.05
 STANDARD_ERRORS = 4.0
+Values = npt.NDArray[np.float64]
 CHANNELS = ("red", "green", "blue")
 BINS = 40
 
@@ -35,18 +36,19 @@ class Fed:
 
 
 def check_pixels(subject: Subject) -> Verdict:
-    """Compare what leaves the network's normalisation with the declared one, and its mean and deviation with 0 and 1.
+    """Compare what leaves the network's normalisation with the declared one, and the declared numbers with the images.
 
     The first comparison is exact up to rounding, for every normalisation. The second holds only where the numbers are said to
-    be those of this data set: a channel's mean over at most NUM_IMAGES images may be off by MEAN_TOLERANCE standard deviations
-    and STANDARD_ERRORS of its own error, taken from how images differ; its deviation by a share of STD_TOLERANCE.
+    be those of this data set, and looks at whole images, as the statistics do: a resize would smooth them. A channel's mean and
+    deviation over NUM_IMAGES images may be off by TOLERANCE of the deviation and STANDARD_ERRORS of their own error, which
+    follows from how much images differ (to first order; Cochran, "Sampling Techniques", 1977).
     """
     fed = _feed(subject, list(_images(subject)))
     reached = float((fed.given - fed.declared).abs().max())
     scale = 1 + float(fed.declared.abs().max())
     of_data = _is_of_data(subject)
     expected = f"(pixels / {subject.spec.scale} - mean) / std as declared"
-    expected += f", mean 0 +- {MEAN_TOLERANCE:g}, deviation 1 +- {STD_TOLERANCE:.0%}" if of_data else ""
+    expected += f", with the mean and deviation of the training images +- {TOLERANCE:.0%}" if of_data else ""
     blocks = (_tiles(subject), _figures(fed), _histogram(fed))
     if not reached <= ROUNDING * scale:
         low, high = float(fed.given.min()), float(fed.given.max())
@@ -55,7 +57,7 @@ def check_pixels(subject: Subject) -> Verdict:
             f"what enters the first layer lies between {low:.3g} and {high:.3g}, up to {reached:.3g} from the declared: {what}"
         )
         return Verdict("pixels", "red", reached, expected, why, blocks)
-    faults = list(_off_centre(fed)) if of_data else []
+    faults = list(_unlike_images(subject)) if of_data else []
     if faults:
         why = f"the declared numbers are not those of these images: {'; '.join(faults)}"
         return Verdict("pixels", "red", reached, expected, why, blocks)
@@ -84,7 +86,11 @@ def undo_normalisation(spec: PreprocessSpec, tensors: torch.Tensor) -> npt.NDArr
 
 
 def _is_of_data(subject: Subject) -> bool:
-    return subject.config.preprocess.normalization not in PRESETS and subject.weights is None
+    """Whether mean and deviation are said to be those of images that can be looked at."""
+    # Those of a merged data set are pooled as if all images had one size.
+    is_merged = subject.manifest.preparation.get("source") == "merge"
+    is_preset = subject.config.preprocess.normalization in PRESETS or subject.weights is not None
+    return not (is_preset or is_merged or subject.is_streamed)
 
 
 def _images(subject: Subject) -> Iterator[Batch]:
@@ -103,15 +109,36 @@ def _feed(subject: Subject, batches: list[Batch]) -> Fed:
     return Fed(given, (images.cpu().double() / subject.spec.scale - mean) / std)
 
 
-def _off_centre(fed: Fed) -> Iterator[str]:
-    by_image = fed.given.mean(dim=(2, 3))  # (n, 3)
-    errors = by_image.std(dim=0, correction=0) / math.sqrt(len(by_image))
-    means, stds = by_image.mean(dim=0), fed.given.std(dim=(0, 2, 3), correction=0)
-    for channel, mean, error, std in zip(CHANNELS, means.tolist(), errors.tolist(), stds.tolist(), strict=True):
-        if not abs(mean) <= MEAN_TOLERANCE + STANDARD_ERRORS * error:
-            yield f"{channel} has mean {mean:.2f}, not 0"
-        if not 1 / (1 + STD_TOLERANCE) <= std <= 1 + STD_TOLERANCE:
-            yield f"{channel} has deviation {std:.2f}, not 1"
+def _unlike_images(subject: Subject) -> Iterator[str]:
+    dataset = subject.dataset()
+    sums = [_sums(dataset.encoded(row), subject.spec) for row in draw_rows(dataset, NUM_IMAGES, subject.config.seed).tolist()]
+    counts, firsts, seconds = (np.array(values) for values in zip(*filter(None, sums), strict=True))  # (n, 1), (n, 3), (n, 3)
+    total = counts.sum()
+    mean, second = firsts.sum(axis=0) / total, seconds.sum(axis=0) / total
+    std = np.sqrt(np.maximum(second - mean**2, 0))
+    # What each image adds to mean and variance beyond its share; nothing is left to chance where every image was looked at.
+    of_mean = firsts - counts * mean
+    of_variance = seconds - counts * second - 2 * mean * of_mean
+    chance = np.sqrt(1 - len(sums) / len(dataset)) / total
+    mean_error = chance * np.sqrt((of_mean**2).sum(axis=0))
+    std_error = chance * np.sqrt((of_variance**2).sum(axis=0)) / (2 * np.maximum(std, 1e-6))
+    declared_mean, declared_std = np.array(subject.spec.mean), np.array(subject.spec.std)
+    wrong_mean = ~(abs(mean - declared_mean) <= TOLERANCE * declared_std + STANDARD_ERRORS * mean_error)
+    wrong_std = ~(abs(std - declared_std) <= TOLERANCE * declared_std + STANDARD_ERRORS * std_error)
+    for number, channel in enumerate(CHANNELS):
+        if wrong_mean[number]:
+            yield f"{channel} has mean {mean[number]:.3f}, not {declared_mean[number]:.3f}"
+        if wrong_std[number]:
+            yield f"{channel} has deviation {std[number]:.3f}, not {declared_std[number]:.3f}"
+
+
+def _sums(encoded: bytes, spec: PreprocessSpec) -> tuple[Values, Values, Values] | None:
+    """Pixels of a whole image, (1,), and the sums of its channels and of their squares, (3,), scaled to 0..1."""
+    try:
+        pixels = np.asarray(open_image(encoded, spec.background), np.float64).reshape(-1, 3) / 255
+    except DataError:
+        return None
+    return np.array([float(len(pixels))]), pixels.sum(axis=0), (pixels**2).sum(axis=0)
 
 
 # ---- for the page ----
