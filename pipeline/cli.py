@@ -4,6 +4,7 @@ A user's mistake is one line on stderr and exit code 2; a gate that says no is 3
 """
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import shutil
@@ -344,25 +345,44 @@ def _without_options(argv: list[str], options: dict[str, int]) -> list[str]:
 # ---- a run ----
 
 
+CHECK_OPTIONS = {"--only": 1, "--skip": 1}
+
+
 def check(argv: list[str]) -> int:
     """Run the sanity checks; exit 3 when one is red."""
-    config, _ = parse_config(_parser(check), argv)
+    parser = _parser(check)
+    parser.add_argument("--only", default="", metavar="A,B", help="run these checks alone; training is not cleared by them")
+    parser.add_argument("--skip", default="", metavar="A,B", help="leave these out, too: short for --check.skip=[A,B]")
+    config, options = parse_config(parser, argv)
+    only = [name for name in options.only.split(",") if name]
+    skip = dict.fromkeys([*config.check.skip, *(name for name in options.skip.split(",") if name)])
+    config = dataclasses.replace(config, check=dataclasses.replace(config.check, skip=list(skip)))
     manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     with locked(config.run_dir):
-        if _is_done("check", config, manifest):
+        if not only and _is_done("check", config, manifest):
             return _up_to_date("check", config.run_dir / "check")
-        from pipeline.recipe.gate import PICTURE, VERDICTS, require_green, require_known_checks, run_checks
+        from pipeline.recipe.gate import OUTPUTS, left_out, require_green, run_checks
+        from pipeline.recipe.page import PAGE
+        from pipeline.tracking.run import open_tracker
         from pipeline.training.preflight import require_trainable
 
-        require_known_checks(config.check.skip)
+        without = left_out(config.check.skip, only)
         require_trainable(config, manifest, world_size=1)
         record, spec = open_run(config, manifest)
         _show_network(config, manifest)
-        require_green(run_checks(config, manifest, spec))
-        outputs = [config.run_dir / VERDICTS, config.run_dir / PICTURE]
-        record.finish_stage("check", record.inputs_of("check", config, manifest.evaluation_split), outputs)
-    facts = {"verdicts": str(config.run_dir / VERDICTS), "picture": str(config.run_dir / PICTURE)}
-    closing_box("all checks green", facts, _next("train", argv))
+        tracker = open_tracker(config, record)
+        try:
+            verdicts = run_checks(config, manifest, spec, without, tracker)
+        finally:
+            tracker.leave(record.outcome)
+        require_green(verdicts)
+        if not only:
+            outputs = [config.run_dir / path for path in OUTPUTS]
+            record.finish_stage("check", record.inputs_of("check", config, manifest.evaluation_split), outputs)
+    argv = _without_options(argv, CHECK_OPTIONS)
+    skipped = [verdict.check for verdict in verdicts if verdict.verdict == "skipped"]
+    facts = {"page": str(config.run_dir / PAGE), "skipped": ", ".join(skipped) or "none"}
+    closing_box("these checks are green" if only else "all checks green", facts, _next("check" if only else "train", argv))
     return 0
 
 
@@ -472,6 +492,7 @@ def _show_result(run_dir: Path, next_command: str) -> None:
         "loss": f"{result['loss']:.4f}",
         "also": ", ".join(f"{words} {result[name]:.4f}" for name, words in others.items() if name in result),
         "hardest": ", ".join(f"{name} (recall {recall:.3f})" for recall, name in worst),
+        **_beside_baselines(result["baselines"]),
         "in": str(path),
     }
     closing_box("evaluated", facts, next_command)
@@ -480,6 +501,16 @@ def _show_result(run_dir: Path, next_command: str) -> None:
 def _which_samples(result: dict[str, Any]) -> str:
     number, bad = result["num_samples"], result["num_bad_samples"]
     return f"{number:,} of {number + bad:,} samples ({bad:,} cannot be decoded)" if bad else f"all {number:,} samples"
+
+
+def _beside_baselines(baselines: dict[str, Any] | None) -> dict[str, str]:
+    """What the network is measured against; nothing where `check` left no baselines of these data."""
+    if baselines is None:
+        return {}
+    accuracies = {name: value for name, value in baselines.items() if name != "beaten"}
+    best = max(accuracies, key=lambda name: accuracies[name])
+    verdict = "beats" if baselines["beaten"] else "DOES NOT BEAT"
+    return {"baselines": f"{verdict} {best.replace('_', ' ')} ({accuracies[best]:.4f})"}
 
 
 def export(argv: list[str]) -> int:

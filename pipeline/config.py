@@ -238,7 +238,12 @@ class TrainerConfig:
 class CheckConfig:
     """Sanity checks before training."""
 
-    skip: list[str] = setting([], "checks to leave out; the skip is recorded", identity=False)
+    skip: list[str] = setting(
+        [],
+        "checks to leave out, of seed, pixels, labels, leakage, gradients, init_loss, zero_input, overfit, pretrained; "
+        "the skip is recorded",
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)

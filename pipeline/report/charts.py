@@ -1,10 +1,10 @@
-"""Bar charts and histograms as inline SVG: blocks of a report's page.
+"""Bar charts, histograms and curves as inline SVG: blocks of a report's page.
 
-Only bars are drawn; names and numbers are the page's own text, so that they wrap, are read aloud and can be searched for.
+Only bars and lines are drawn; names and numbers are text of the page, so that they wrap, are read aloud and can be searched.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.report.html import escape, format_cell
@@ -12,6 +12,8 @@ from pipeline.report.html import escape, format_cell
 MAX_SERIES = 4  # as many colours as STYLE has
 PLOT_WIDTH, PLOT_HEIGHT = 720, 96
 TICK_HEIGHT = 18
+LINES_HEIGHT, HEADROOM = 160, 20
+SMALLEST_SPAN = 1e-6
 SMALLEST_BAR = 0.4  # of 100: a class with one image must not look like one with none
 
 
@@ -112,3 +114,47 @@ class Histogram:
             text = escape(self.show_edge(self.edges[place]))
             marks += f'<text x="{x:.1f}" y="{height - 4}" text-anchor="{anchor}">{text}</text>'
         return marks
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Values at 0, 1, 2, ... of each series over one axis, from 0 (or the smallest value) to the largest."""
+
+    x_name: str
+    y_name: str
+    series: Mapping[str, Sequence[float]]
+
+    def to_html(self) -> str:
+        """The lines as one SVG, each named in its colour above."""
+        assert len(self.series) <= MAX_SERIES
+        values = [value for line in self.series.values() for value in line if math.isfinite(value)]
+        low, high = min([0.0, *values]), max([*values, SMALLEST_SPAN])
+        longest = max(map(len, self.series.values()), default=1)
+        lines = "".join(
+            f'<polyline class="l{number}" points="{self._points(line, longest, low, high)}"/>'
+            for number, line in enumerate(self.series.values())
+        )
+        legend = "".join(
+            f'<span><i class="s{number}"></i>{escape(name)}, last {escape(format_cell(float(line[-1])))}</span>'
+            for number, (name, line) in enumerate(self.series.items())
+        )
+        axes = (
+            f'<line x1="0" x2="{PLOT_WIDTH}" y1="{LINES_HEIGHT}" y2="{LINES_HEIGHT}"/>'
+            f'<text x="0" y="{LINES_HEIGHT + 14}">0</text>'
+            f'<text x="{PLOT_WIDTH}" y="{LINES_HEIGHT + 14}" text-anchor="end">{escape(self.x_name)} {longest - 1:,}</text>'
+            f'<text x="{PLOT_WIDTH}" y="12" text-anchor="end">top: {escape(self.y_name)} {escape(format_cell(high))}</text>'
+        )
+        name = escape(f"{self.y_name} by {self.x_name}")
+        return (
+            f'<div class="chart"><div class="legend">{legend}</div><svg class="histogram" role="img" aria-label="{name}" '
+            f'viewBox="0 0 {PLOT_WIDTH} {LINES_HEIGHT + TICK_HEIGHT}">{axes}{lines}</svg></div>'
+        )
+
+    @staticmethod
+    def _points(line: Sequence[float], longest: int, low: float, high: float) -> str:
+        scale = (LINES_HEIGHT - HEADROOM) / (high - low)
+        return " ".join(
+            f"{place * PLOT_WIDTH / max(1, longest - 1):.1f},{LINES_HEIGHT - (value - low) * scale:.1f}"
+            for place, value in enumerate(line)
+            if math.isfinite(value)
+        )

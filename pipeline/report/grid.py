@@ -29,6 +29,15 @@ def draw_grid(images: npt.NDArray[np.uint8], captions: list[str], columns: int =
     return buffer.getvalue()
 
 
+def draw_tile(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """A PNG of one image (H, W, 3); a small one is enlarged as in a grid."""
+    height, width = pixels.shape[:2]
+    factor = max(1, -(-SMALLEST_TILE // max(height, width)))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((width * factor, height * factor), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _shorten(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
     if font.getlength(text) <= width:
         return text

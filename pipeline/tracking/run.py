@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.files import locked, publish, temporary_name
-from pipeline.run import RunRecord
+from pipeline.run import Outcome, RunRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,6 +25,7 @@ JOB_TAG = "shardline.job_id"
 # A write takes 10 ms of CPU and each of its points 0.1 ms, so points are kept for a while; MLflow takes 1,000 at once.
 SECONDS_BETWEEN_WRITES = 10.0
 MAX_HELD_POINTS = 700
+STATUS: dict[Outcome, str] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 NAMES = ("seed", "data", "model", "optimizer", "scheduler", "trainer", "preprocess")
 
 
@@ -78,6 +79,13 @@ class RunTracker:
         """Mark the run FINISHED, FAILED or KILLED."""
         self.flush()
         self.client.set_terminated(self.run_id, status)
+
+    def leave(self, outcome: Outcome) -> None:
+        """Give the run the status that its training has: SCHEDULED where that is still to come."""
+        if outcome == "running":
+            self.client.update_run(self.run_id, status="SCHEDULED")
+        else:
+            self.finish(STATUS[outcome])
 
 
 def tracking_uri(config: Config) -> str:

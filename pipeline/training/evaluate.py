@@ -17,6 +17,7 @@ from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.metrics import Metrics
 from pipeline.models.sequential import network_for
 from pipeline.pretraining import spec_for
+from pipeline.recipe.baselines import compare_with_baselines
 from pipeline.run import RunRecord, require_run
 from pipeline.task import LABEL_SEPARATOR, label_text, task_of
 from pipeline.tracking.run import open_tracker
@@ -52,6 +53,7 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
         "num_samples": metrics.num_samples,
         "num_bad_samples": metrics.num_bad,
         **metrics.figures(),
+        "baselines": compare_with_baselines(config.run_dir, manifest.digest, split, metrics.accuracy),
         "recall": dict(zip(manifest.class_names, metrics.recall, strict=True)),
         "data_digest": manifest.digest,
         "checkpoint_sha256": record.best["sha256"],

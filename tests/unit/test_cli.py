@@ -143,3 +143,19 @@ def test_a_mistake_in_the_options_of_shard_is_one_line(
     assert main(["shard", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"shardline: error: {message}")
+
+
+# ---- check and evaluate ----
+
+
+def test_what_only_check_understands_is_not_handed_on() -> None:
+    argv = ["--only", "seed,labels", "--seed", "1", "--skip=overfit", "--check.skip=[leakage]"]
+    assert cli._without_options(argv, cli.CHECK_OPTIONS) == ["--seed", "1", "--check.skip=[leakage]"]
+
+
+def test_an_evaluation_says_whether_the_network_beats_what_needs_none() -> None:
+    figures = {"majority": 0.1, "logistic_regression": 0.9725}
+    assert cli._beside_baselines(None) == {}
+    beaten = cli._beside_baselines({**figures, "beaten": True})
+    assert beaten == {"baselines": "beats logistic regression (0.9725)"}
+    assert cli._beside_baselines({**figures, "beaten": False}) == {"baselines": "DOES NOT BEAT logistic regression (0.9725)"}

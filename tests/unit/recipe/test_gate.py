@@ -1,9 +1,9 @@
-import dataclasses
-import io
+import functools
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -11,52 +11,99 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline.config import CheckConfig, Config
-from pipeline.data.dataset import Batch
 from pipeline.errors import ConfigError, GateError
 from pipeline.recipe import gate
-from pipeline.recipe.gate import PICTURE, VERDICTS, draw_batch, require_green, require_known_checks, run_checks
+from pipeline.recipe.baselines import BASELINES
+from pipeline.recipe.gate import CHECKS, OUTPUTS, PICTURE, VERDICTS, examine, left_out, require_green, run_checks
+from pipeline.recipe.page import PAGE
 from pipeline.recipe.verdict import Subject, Verdict
 from tests.unit.recipe.conftest import ChangeNetwork
-
-
-def skipping(config: Config, *names: str) -> Config:
-    return dataclasses.replace(config, check=CheckConfig(skip=list(names)))
 
 
 def verdict_of(check: str, verdict: Literal["green", "red", "skipped"], why: str = "") -> Verdict:
     return Verdict(check, verdict, 0.5, "", why)
 
 
-def test_a_sound_run_is_green_and_leaves_verdicts_and_a_picture(subject: Subject) -> None:
-    verdicts = run_checks(subject.config, subject.manifest, subject.spec)
+def run_only(subject: Subject, *names: str) -> list[Verdict]:
+    return run_checks(subject.config, subject.manifest, subject.spec, left_out([], names))
+
+
+class Tracker:
+    """Stands where MLflow would be told."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        self.files: list[str] = []
+
+    def log_final(self, metrics: dict[str, float], headline: str = "") -> None:
+        self.figures |= metrics
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        assert path.is_file()
+        self.files.append(f"{folder}/{path.name}")
+
+
+def test_a_sound_run_is_green_and_leaves_verdicts_pictures_and_baselines(subject: Subject) -> None:
+    tracker = Tracker()
+    verdicts = run_checks(subject.config, subject.manifest, subject.spec, {}, tracker)  # type: ignore[arg-type]
     require_green(verdicts)
-    saved = json.loads((subject.config.run_dir / VERDICTS).read_text())
-    assert saved == [dataclasses.asdict(verdict) for verdict in verdicts]
-    assert [list(verdict) for verdict in saved] == [["check", "verdict", "value", "expected", "why"]] * 3
-    assert [(verdict["check"], verdict["verdict"]) for verdict in saved] == [
-        ("seed", "green"),
-        ("init_loss", "green"),
-        ("overfit", "green"),
-    ]
-    with Image.open(subject.config.run_dir / PICTURE) as picture:
+    run_dir = subject.config.run_dir
+    saved = json.loads((run_dir / VERDICTS).read_text())
+    assert saved == [verdict.as_json() for verdict in verdicts]
+    assert [list(verdict) for verdict in saved] == [["check", "verdict", "value", "expected", "why"]] * len(CHECKS)
+    assert [verdict["check"] for verdict in saved] == list(CHECKS)
+    assert [verdict["verdict"] for verdict in saved] == ["green"] * (len(CHECKS) - 1) + ["skipped"], "nothing is pretrained"
+    with Image.open(run_dir / PICTURE) as picture:
         picture.load()
         assert picture.format == "PNG"
         assert min(picture.size) > 96, "at least one tile and its caption"
+    accuracy = json.loads((run_dir / BASELINES).read_text())["accuracy"]
+    assert accuracy["majority"] == {"val": 4 / 12, "test": 4 / 12}
+    page = (run_dir / PAGE).read_text()
+    for verdict in verdicts:
+        assert verdict.check in page
+    assert tracker.files == [f"check/{path.name}" for path in OUTPUTS]
+    assert tracker.figures == {
+        "check/red": 0.0,
+        "baseline/majority": 4 / 12,
+        "baseline/logistic_regression": accuracy["logistic_regression"]["val"],
+    }
 
 
-def test_a_skipped_check_does_not_run_and_is_recorded(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_is_left_out_does_not_run_and_is_recorded(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     def must_not_run(subject: Subject) -> Verdict:
         raise AssertionError("a skipped check ran")
 
-    monkeypatch.setitem(gate.CHECKS, "overfit", must_not_run)
-    monkeypatch.setitem(gate.CHECKS, "seed", must_not_run)
-    config = skipping(subject.config, "overfit", "seed")
-    run_checks(config, subject.manifest, subject.spec)
-    saved = json.loads((config.run_dir / VERDICTS).read_text())
+    for name in CHECKS:
+        if name != "init_loss":
+            monkeypatch.setitem(gate.CHECKS, name, must_not_run)
+    skip = [name for name in CHECKS if name not in ("init_loss", "overfit")]
+    run_checks(subject.config, subject.manifest, subject.spec, {**left_out(skip), "overfit": "not named in --only"})
+    saved = {verdict["check"]: verdict for verdict in json.loads((subject.config.run_dir / VERDICTS).read_text())}
     skipped = {"verdict": "skipped", "value": None, "expected": "", "why": "named in check.skip"}
-    assert [saved[0], saved[2]] == [{"check": "seed", **skipped}, {"check": "overfit", **skipped}]
-    assert saved[1]["verdict"] == "green"
+    assert saved["seed"] == {"check": "seed", **skipped}
+    assert saved["overfit"] == {"check": "overfit", **skipped, "why": "not named in --only"}
+    assert saved["init_loss"]["verdict"] == "green"
+
+
+def test_a_check_whose_ground_is_red_is_not_run(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CHECKS:
+        found = verdict_of(name, "red" if name == "gradients" else "green")
+        monkeypatch.setitem(gate.CHECKS, name, functools.partial(lambda verdict, _: verdict, found))
+    verdicts = {entry.verdict.check: entry.verdict for entry in examine(subject, {})}
+    assert verdicts["overfit"].verdict == verdicts["zero_input"].verdict == "skipped"
+    assert verdicts["overfit"].why == "it takes for granted what is red: gradients"
+    assert verdicts["init_loss"].verdict == "green"
+
+
+def test_only_and_skip_say_why_each_check_is_left_out() -> None:
+    assert left_out([]) == {}
+    assert left_out(["seed"]) == {"seed": "named in check.skip"}
+    others = {name: "not named in --only" for name in CHECKS if name != "seed"}
+    assert left_out([], ["seed"]) == others
+    assert left_out(["labels"], ["seed"]) == others | {"labels": "named in check.skip"}
+    with pytest.raises(ConfigError, match=r"`--only` names 'seed', which check.skip leaves out"):
+        left_out(["seed"], ["seed"])
 
 
 def spoil(network: nn.Sequential) -> None:
@@ -65,16 +112,16 @@ def spoil(network: nn.Sequential) -> None:
 
 def test_a_red_verdict_is_saved_before_the_gate_closes(subject: Subject, change_network: ChangeNetwork) -> None:
     change_network(spoil)
-    config = skipping(subject.config, "overfit", "seed")
-    verdicts = run_checks(config, subject.manifest, subject.spec)
+    verdicts = run_only(subject, "init_loss")
     with pytest.raises(GateError, match="init_loss: a fresh network's loss is nan"):
         require_green(verdicts)
-    assert json.loads((config.run_dir / VERDICTS).read_text())[1]["verdict"] == "red"
+    saved = json.loads((subject.config.run_dir / VERDICTS).read_text())
+    assert [verdict["verdict"] for verdict in saved if verdict["check"] == "init_loss"] == ["red"]
 
 
 def test_a_value_that_is_no_number_is_still_json(subject: Subject, change_network: ChangeNetwork) -> None:
     change_network(spoil)
-    run_checks(skipping(subject.config, "overfit", "seed"), subject.manifest, subject.spec)
+    run_only(subject, "init_loss")
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is no JSON, and readers other than Python's refuse the file")
@@ -95,29 +142,13 @@ def test_a_skipped_check_does_not_close_the_gate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "suggestion"), [("overfitt", "Did you mean 'overfit'"), ("xyz", "Known: seed, init_loss, overfit")]
+    ("name", "suggestion"), [("overfitt", "Did you mean 'overfit'"), ("xyz", "Known: seed, pixels, labels")]
 )
-def test_a_name_in_skip_that_is_no_check_is_refused(name: str, suggestion: str) -> None:
-    require_known_checks(["seed", "init_loss", "overfit"])
+def test_a_name_that_is_no_check_is_refused(name: str, suggestion: str) -> None:
     with pytest.raises(ConfigError, match=f"`check.skip` names '{name}', which is no check.* {suggestion}"):
-        require_known_checks(["seed", name])
-
-
-def test_the_picture_shows_the_pixels_that_the_network_sees() -> None:
-    images = torch.zeros(9, 3, 2, 4, dtype=torch.uint8)  # (N, 3, H, W)
-    images[:, 0] = torch.arange(9, dtype=torch.uint8).view(9, 1, 1) * 20  # red
-    images[:, 2, 1, 3] = 255  # the lower right pixel has blue in it
-    labels = torch.arange(9) % 2
-    batch = Batch(image=images, label=labels, weight=torch.ones(9), index=torch.arange(9), bad=[])
-    with Image.open(io.BytesIO(draw_batch(batch, ["cat", "a name in 漢字 that is far too long"]))) as file:
-        picture = file.convert("RGB")
-    # Tiles are 96 x 48 pixels, with 16 below for the caption and 4 between them; the ninth begins a second row.
-    for number in range(9):
-        left, top = (number % 8) * 100 + 2, (number // 8) * 68 + 2
-        assert picture.getpixel((left, top)) == (number * 20, 0, 0)
-        assert picture.getpixel((left + 71, top + 47)) == (number * 20, 0, 0), "enlarged without smoothing"
-        assert picture.getpixel((left + 72, top + 47)) == (number * 20, 0, 255), "enlarged without smoothing"
-        assert picture.getpixel((left + 95, top + 48)) == (255, 255, 255)
+        left_out(["seed", name])
+    with pytest.raises(ConfigError, match=f"`--only` names '{name}', which is no check.* {suggestion}"):
+        left_out([], [name])
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from pipeline.report.charts import PLOT_HEIGHT, PLOT_WIDTH, BarChart, Histogram
+from pipeline.report.charts import HEADROOM, LINES_HEIGHT, PLOT_HEIGHT, PLOT_WIDTH, BarChart, Histogram, LineChart
 
 
 def rectangles(markup: str) -> list[dict[str, str]]:
@@ -60,3 +60,27 @@ def test_edges_are_shown_as_the_caller_says() -> None:
     assert ">0 kB<" in markup
     assert ">1 kB<" in markup
     assert "<title>0 kB to 1 kB: 1</title>" in markup
+
+
+def lines(markup: str) -> list[list[tuple[float, float]]]:
+    found = re.findall(r'<polyline class="l\d" points="([^"]*)"', markup)
+    return [[(float(x), float(y)) for x, y in (point.split(",") for point in points.split())] for points in found]
+
+
+def test_curves_share_both_axes_and_the_largest_value_leaves_room_for_its_number() -> None:
+    markup = LineChart("step", "loss", {"long": [4.0, 2.0, 0.0], "short": [2.0, 1.0]}).to_html()
+    middle = (LINES_HEIGHT + HEADROOM) / 2
+    assert lines(markup) == [
+        [(0.0, HEADROOM), (PLOT_WIDTH / 2, middle), (PLOT_WIDTH, LINES_HEIGHT)],
+        [(0.0, middle), (PLOT_WIDTH / 2, (LINES_HEIGHT + middle) / 2)],
+    ]
+    assert "top: loss 4" in markup
+    assert "step 2<" in markup
+    assert "short, last 1<" in markup
+
+
+def test_values_that_are_no_numbers_are_left_out_of_a_curve() -> None:
+    assert lines(LineChart("step", "loss", {"n": [float("nan"), 1.0, float("inf")]}).to_html()) == [
+        [(PLOT_WIDTH / 2, HEADROOM)]
+    ]
+    assert lines(LineChart("step", "loss", {"n": [float("nan")]}).to_html()) == [[]]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.config import Config, ModelConfig, OptimizerConfig, TrackingConfig
-from pipeline.run import RunRecord
+from pipeline.run import Outcome, RunRecord
 from pipeline.tracking.run import MAX_HELD_POINTS, RunTracker, open_client, open_tracker, tracking_uri
 from tests.processes import wait_until
 
@@ -121,6 +121,20 @@ def test_final_figures_are_one_point_and_the_headline(config: Config, record: Ru
     assert run.data.metrics == {"test/accuracy": 0.75, "test/loss": 0.5}
     assert run.data.tags["mlflow.note.content"] == "**test accuracy 0.7500**"
     assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"), [("running", "SCHEDULED"), ("done", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED")]
+)
+def test_a_run_that_was_only_checked_waits_for_its_training_and_another_keeps_its_end(
+    config: Config, record: RunRecord, outcome: Outcome, status: str
+) -> None:
+    tracker = open_tracker(config, record)
+    tracker.leave(outcome)
+    assert tracker.client.get_run(tracker.run_id).info.status == status
+    trained = open_tracker(config, record)
+    assert trained.run_id == tracker.run_id
+    assert trained.client.get_run(trained.run_id).info.status == "RUNNING"
 
 
 def test_a_run_says_what_was_trained_on_what(config: Config, record: RunRecord, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_an_evaluation_leaves_its_figures_and_every_prediction(
         "auroc",
         "average_precision",
         "ece",
+        "baselines",
         "recall",
         "data_digest",
         "checkpoint_sha256",
