@@ -145,9 +145,10 @@ def test_a_red_check_is_exit_3_and_says_why(tmp_path: Path) -> None:
     assert shardline("shard", *settings, cwd=tmp_path).returncode == 0
     done = shardline("check", *settings, cwd=tmp_path)
     assert done.returncode == 3
-    assert re.search(r"^shardline: error: overfit: after 300 steps .* equal images with different labels", done.stderr)
+    assert re.search(r"^shardline: error: .*overfit: after 300 steps .* equal images with different labels", done.stderr)
+    assert re.search(r"Mend it .*, or go on regardless with --check.skip=\[\S*overfit\]", done.stderr)
     verdicts = json.loads((tmp_path / "runs/same/check/verdicts.json").read_text())
-    assert [verdict["verdict"] for verdict in verdicts] == ["green", "green", "red"]
+    assert "overfit" in [verdict["check"] for verdict in verdicts if verdict["verdict"] == "red"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["shard", "--help"], ["predict", "--help"]])

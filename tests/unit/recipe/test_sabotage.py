@@ -202,8 +202,9 @@ OF_THE_NETWORK: dict[str, tuple[Callable[[nn.Sequential], None], str]] = {
     "softmax before the loss": (softmax_before_the_loss, "overfit"),
 }
 INTENDED = {name: check for name, (_, check) in [*OF_THE_DATA.items(), *OF_THE_NETWORK.items()]}
-# One data set for each sabotage: together they meet every data set several times.
-COVERING = {(sabotage, list(SOURCES)[1 + number % 2]) for number, sabotage in enumerate(INTENDED)}
+# One data set for each sabotage; the softmax keeps `overfit` busy for all its steps, which small images make cheap.
+COVERING = {(sabotage, ("shapes", "tiles")[number % 2]) for number, sabotage in enumerate(INTENDED)}
+COVERING = COVERING - {("softmax before the loss", "tiles")} | {("softmax before the loss", "digits")}
 MATRIX = [
     pytest.param(sabotage, data, marks=[] if (sabotage, data) in COVERING else pytest.mark.slow, id=f"{sabotage} on {data}")
     for sabotage in INTENDED
