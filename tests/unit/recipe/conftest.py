@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import Config, ModelConfig
+from pipeline.config import Config
 from pipeline.manifest import DatasetManifest
-from pipeline.models.sequential import build_network
+from pipeline.models.sequential import network_for
 from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.recipe import verdict
 from pipeline.recipe.verdict import Subject
@@ -28,11 +28,11 @@ def change_network(monkeypatch: pytest.MonkeyPatch) -> ChangeNetwork:
     """A function that has every fresh network of a check changed."""
 
     def install(change: Callable[[nn.Sequential], None]) -> None:
-        def build(config: ModelConfig, num_classes: int, spec: PreprocessSpec) -> nn.Sequential:
-            network = build_network(config, num_classes, spec)
+        def build(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, *, pretrained: bool = True) -> nn.Sequential:
+            network = network_for(config, manifest, spec, pretrained=pretrained)
             change(network)
             return network
 
-        monkeypatch.setattr(verdict, "build_network", build)
+        monkeypatch.setattr(verdict, "network_for", build)
 
     return install
