@@ -93,16 +93,12 @@ class Task:
 
     @property
     def prior(self) -> tuple[float, ...]:
-        """What a last bias may be set from: the share of each class, (K,), kept off 0 and 1; of one label they sum to 1."""
+        """What a last bias may be set from: the share of each class, (K,), kept off 0 and 1; of one label they sum to 1.
+
+        The bias is ln r before a softmax, and ln r/(1 - r) before a sigmoid, for yes and no that of yes.
+        """
         kept = np.clip(self.shares, LEAST_SHARE, 1 - LEAST_SHARE)
         return tuple((kept / kept.sum() if self.kind != "multi" else kept).tolist())
-
-    @property
-    def prior_bias(self) -> tuple[float, ...]:
-        """The last bias, (num_outputs,), that answers the prior: ln r_k before a softmax, ln r_k/(1 - r_k) before a sigmoid."""
-        if self.kind == "single":
-            return tuple(math.log(share) for share in self.prior)
-        return tuple(math.log(share / (1 - share)) for share in self.prior[-self.num_outputs :])
 
     # ---- the answers ----
 

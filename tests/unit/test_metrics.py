@@ -12,7 +12,7 @@ from torch.nn import functional
 from pipeline.config import Monitor
 from pipeline.errors import DataError, RunError
 from pipeline.manifest import Task as Kind
-from pipeline.metrics import MARGIN_BINS, EvaluationSums, Metrics, average_precisions, direction
+from pipeline.metrics import MARGIN_BINS, EvaluationSums, Metrics, areas_under_roc, average_precisions, direction
 from pipeline.task import Task
 
 CPU = torch.device("cpu")
@@ -136,8 +136,17 @@ def test_scores_that_are_whole_bins_give_scikit_learns_figure_to_the_last_digit(
     generator = np.random.default_rng(0)
     scores, labels = generator.integers(0, 20, 300), generator.integers(0, 2, 300)
     histograms = [torch.tensor(np.bincount(scores[labels == label], minlength=20))[None].double() for label in (0, 1)]
-    found = float(average_precisions(*histograms))
-    assert found == pytest.approx(sklearn.average_precision_score(labels, scores), rel=1e-12)
+    precision, area = average_precisions(*histograms), areas_under_roc(*histograms)
+    assert float(precision) == pytest.approx(sklearn.average_precision_score(labels, scores), rel=1e-12)
+    assert float(area) == pytest.approx(sklearn.roc_auc_score(labels, scores), rel=1e-12)
+
+
+def test_a_network_that_is_sure_is_ranked_by_how_sure_it_is() -> None:
+    task, logits, labels = sample("single", 400, 3)
+    logits = logits.double() * 15  # softmax is 1 in float32 for most of them
+    margins = torch.stack([logits[:, k] - logits[:, [j for j in range(3) if j != k]].logsumexp(dim=1) for k in range(3)], dim=1)
+    expected = sklearn.roc_auc_score(np.eye(3)[labels], margins, average="macro")
+    assert evaluated(task, logits, labels).auroc == pytest.approx(expected, abs=BINNED)
 
 
 def test_a_ranking_of_classes_that_the_split_lacks_has_no_value_and_is_left_out() -> None:

@@ -155,14 +155,15 @@ def test_the_theoretical_loss_is_that_of_the_data_under_an_ignorant_network(
     number = 1 if kind == "binary" else len(counts)
     weights = {"class_weights" if kind == "single" else "pos_weight": (0.5, 3.0, 7.0)[:number]} if weighted else {}
     task = Task(kind, tuple(count / 10 for count in counts), smoothing, **weights)
-    bias = torch.tensor(task.prior_bias) if from_prior else torch.zeros(number)
+    shares = torch.tensor(task.prior[-number:])
+    bias = (shares.log() if kind == "single" else shares.logit()) if from_prior else torch.zeros(number)
     loss = task.sample_losses(bias.expand(10, number), labels_with(kind, counts)).mean()
     assert task.loss_at_initialisation(from_prior=from_prior) == pytest.approx(float(loss), rel=1e-5)  # float32
 
 
-def test_a_class_that_is_never_shown_has_a_finite_bias() -> None:
+def test_a_class_that_is_never_shown_leaves_a_finite_bias_and_loss() -> None:
     for task in (Task("single", (1.0, 0.0)), Task("multi", (1.0, 0.0))):
-        assert all(math.isfinite(bias) for bias in task.prior_bias)
+        assert all(0 < share < 1 for share in task.prior)
         assert math.isfinite(task.loss_at_initialisation(from_prior=True))
 
 

@@ -336,11 +336,19 @@ def test_a_balanced_order_is_a_function_of_seed_and_epoch_that_can_be_asked_for_
     assert whole[:12].tolist() == [0, 15, 36, 3, 23, 42, 44, 50, 14, 48, 19, 9]
 
 
-def test_a_balanced_order_names_every_shard_still_needed_in_the_order_of_first_need() -> None:
+def test_a_balanced_order_names_every_shard_still_needed_in_the_order_of_first_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.order.BLOCK", 16)
     order = balanced(0)
     for position in (0, 31, 59):
         first_need = dict.fromkeys(int(sample) // 7 for sample in order[position:])
         assert list(order.upcoming_shards(position)) == list(first_need)
+
+
+def test_a_class_goes_through_its_shards_window_by_window() -> None:
+    labels = np.zeros(70, np.int64)
+    shards = balanced(0, labels=labels)[:] // 7
+    for first in range(0, 70, 14):
+        assert len(set(shards[first : first + 14])) == 2, "windows of two shards"
 
 
 def test_ranks_parts_and_restarts_share_the_balanced_batches() -> None:

@@ -78,7 +78,7 @@ def test_class_weights_and_smoothing_are_in_the_loss_and_not_in_its_divisor(
     weights = [0.5, 2.0, 3.0]
     config = change(change(tiny_config, "model", dropout=0.0, norm="group"), "loss", class_weights=weights, label_smoothing=0.1)
     module, batch = make_classifier(config), batch_of([1.0] * 4)
-    loss = float(module.training_step(batch, 0))
+    loss = float(module.training_step(batch, 0).detach())
     logits = module(batch["image"]).detach()
     losses = functional.cross_entropy(logits, batch["label"], torch.tensor(weights), label_smoothing=0.1, reduction="sum")
     assert loss == pytest.approx(float(losses) / 4, rel=1e-6)  # float32
@@ -106,7 +106,7 @@ def test_several_labels_are_learned_measured_and_kept_for_each_sample(
     assert module.metrics.accuracy == float(((logits >= 0) == labels).all(dim=1).double().mean())
     expected = functional.binary_cross_entropy_with_logits(logits, labels.float())
     assert module.metrics.loss == pytest.approx(float(expected), rel=1e-5)  # batches of other sizes, in float32
-    assert module.metrics.loss < 0.6, "less than ln 2 an output"
+    assert module.metrics.auroc > 0.95
 
     data = ShardDataModule(multi_dataset, spec, config.data, config.seed)
     make_trainer(config).test(module, datamodule=data, verbose=False)
@@ -125,7 +125,7 @@ def test_mixed_images_have_the_labels_of_both_in_part(
     module = make_classifier(config, multi_dataset)
     images, labels = (part[:4] for part in rows_of(multi_dataset, spec, "train"))
     batch = Batch(image=images, label=labels, weight=torch.ones(4), index=torch.arange(4), bad=[])
-    loss = float(module.training_step(batch, 0))
+    loss = float(module.training_step(batch, 0).detach())
     mixed = mix_batch(images, labels, batch["weight"], config.data.augment, config.seed, step=0)
     assert mixed is not None
     share = mixed.share[:, None]
