@@ -1,4 +1,4 @@
-"""A network that knows five digits learns five others from a few samples; one that knows nothing does not, at an equal budget."""
+"""A network that knows five digits learns five others from a few samples; one from scratch does not, at an equal budget."""
 
 import json
 from pathlib import Path
