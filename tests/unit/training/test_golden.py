@@ -55,7 +55,7 @@ def plain_loop(config: Config, manifest: DatasetManifest, spec: PreprocessSpec) 
     network = build_network(config.model, 3, spec)
     weights = [each for each in network.parameters() if each.ndim > 1]
     others = [each for each in network.parameters() if each.ndim == 1]
-    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=NUM_EPOCHS * STEPS_PER_EPOCH)
     dataset = ShardDataset(manifest, "train", spec, build_augmentation(config.data.augment, spec), config.seed, config.data)
