@@ -1,4 +1,6 @@
-"""What our metrics, curves and callbacks add to a training step: CPU time of the thread that trains, beside a bare Lightning Trainer and a plain loop.
+"""What our metrics, curves and callbacks add to a training step, beside a bare Lightning Trainer and a plain loop.
+
+Measured is the CPU time of the thread that trains.
 
 All contenders train the same tiny network on the same batch, which lies ready in memory. They take turns in one process, so
 that a machine that is busy with something else for a while slows all of them alike. The bare Trainer has DDP, and no logger,
