@@ -1,4 +1,4 @@
-"""A network that knows five digits learns five others from a few samples; one that knows nothing does not, on equal terms."""
+"""A network that knows five digits learns five others from a few samples; one from scratch does not, at an equal budget."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ COMMON = """
 seed: 3
 data: {global_batch_size: 10, drop_last: false, augment: {rotate_degrees: 10, translate: 0.08}}
 model: {channels: [32, 64, 128], %s}
-optimizer: {name: SGD, lr: 0.02, args: {weight_decay: 5.0e-4}%s}
+optimizer: {name: SGD, lr: 0.02, args: {weight_decay: 5.0e-4}}
 scheduler: {name: WarmupCosine}
 trainer: {max_epochs: %d, monitor: val/loss}
 """
 SIZE = "preprocess: {resize: [16, 16]}\n"
-EPOCHS = 15
+KNOWN_EPOCHS, NEW_EPOCHS = 15, 5  # of 44 and 3 steps
 
 
 def write_digits(folder: Path) -> None:
@@ -50,11 +50,11 @@ def run(folder: Path, name: str, source: str, text: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_five_new_digits_are_learned_from_a_few_samples_by_who_knows_five_others(tmp_path: Path) -> None:
     write_digits(tmp_path)
-    assert run(tmp_path, "known", "known", SIZE + COMMON % ("dropout: 0.2", "", EPOCHS)) > 0.97
-    weights = "weights: runs/known/checkpoints/best.ckpt, freeze: [features], unfreeze: {features: 5}"
+    assert run(tmp_path, "known", "known", SIZE + COMMON % ("dropout: 0.2", KNOWN_EPOCHS)) > 0.97
     # The normalisation comes with the weights, so this configuration has no `preprocess`.
-    tuned = run(tmp_path, "tuned", "new", COMMON % (weights, ", lr_factors: {features: 0.3}", EPOCHS))
-    scratch = run(tmp_path, "scratch", "new", SIZE + COMMON % ("dropout: 0.2", "", EPOCHS))
-    assert tuned > scratch + 0.03, f"{tuned} and {scratch}"
+    tuned = run(tmp_path, "tuned", "new", COMMON % ("weights: runs/known/checkpoints/best.ckpt", NEW_EPOCHS))
+    scratch = run(tmp_path, "scratch", "new", SIZE + COMMON % ("dropout: 0.2", NEW_EPOCHS))
+    assert tuned > scratch + 0.05, f"{tuned} and {scratch}"  # 0.573 and 0.406 when this was written

@@ -64,10 +64,11 @@ def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fi
     assert len(tracker.points) == 4
     for step, metrics in training.items():
         loss, accuracy, rate = each.figures[step - 1]
-        watched = {"train/gradient_norm", "train/loss_spikes", "train/skipped_steps"}
-        assert set(metrics) == {"train/loss", "train/accuracy", "train/learning_rate", "data/bad_samples"} | watched
+        counts = {"data/bad_samples": 5, "train/loss_spikes": 0, "train/skipped_steps": 0}
+        curves = {"train/loss", "train/accuracy", "train/learning_rate", "train/gradient_norm"}
+        assert set(metrics) == curves | (counts.keys() if step == 3 else set()), "counts are said when they change"
+        assert counts.items() <= {**counts, **metrics}.items()
         assert metrics["train/gradient_norm"] > 0
-        assert metrics["data/bad_samples"] == 5
         assert metrics["train/loss"] == pytest.approx(loss, rel=1e-5)  # float32
         assert metrics["train/accuracy"] == pytest.approx(accuracy, rel=1e-6)
         assert metrics["train/learning_rate"] == rate
