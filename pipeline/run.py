@@ -132,6 +132,7 @@ def open_run(
     record = RunRecord.load(config.run_dir)
     if record is not None and record.identity != wanted and not fresh:
         if allow_changes:
+            _require_fitting(config)
             record.earlier.append(list(record.identity))
             record.config_digest, record.data_digest, record.preprocess_hash = wanted
             record.weights_sha256 = weights_sha256(config.model)
@@ -156,6 +157,23 @@ def open_run(
         record.save()
     save_config(config)
     return record, spec
+
+
+# What the tensors of a checkpoint are made for. The rest of a network's settings says how it trains.
+FITTED = ("model.", "optimizer.name", "scheduler.name", "loss.name")
+NOT_FITTED = ("dropout", "feature_dropout", "stochastic_depth", "freeze", "unfreeze", "prior_bias", "weights")
+
+
+def _require_fitting(config: Config) -> None:
+    """Refuse to go on where the checkpoint's weights or optimizer state could not be loaded. Raises RunError."""
+    changed = changed_settings(config.run_dir / CONFIG_NAME, config)
+    keys = {line: line.split("`")[1] for line in changed}
+    unfit = [line for line, key in keys.items() if key.startswith(FITTED) and key.rpartition(".")[2] not in NOT_FITTED]
+    if unfit and any((config.run_dir / LAST.parent).glob("step-*.ckpt")):
+        raise RunError(
+            f"{config.run_dir}: its checkpoints do not fit: {'; '.join(unfit)}. Go on as it was, or start anew with --fresh "
+            "(`model.weights` may name one of its checkpoints)."
+        )
 
 
 def _is_somebodys(path: Path) -> bool:

@@ -21,6 +21,8 @@ from pipeline.training.classifier import Classifier
 
 # After so many skipped steps in a row it is the weights that are broken, not a batch.
 MAX_SKIPPED_IN_ROW = 10
+# The scale of half precision begins at 2^16: halved so often, it is not the scale that makes a gradient infinite.
+MAX_OVERFLOWS_IN_ROW = 30
 # A logged loss this far above its running mean is a spike; the mean forgets over about 50 points, and needs as many to begin.
 SPIKE_DEVIATIONS = 6.0
 MEMORY = 0.98
@@ -36,6 +38,7 @@ class StepMonitor(L.Callback):
         self.gradient_norm = math.nan
         self.num_skipped = 0
         self.skipped_in_row = 0
+        self.overflows_in_row = 0
         self.losses = RunningLoss()
         self.buffers: list[torch.Tensor] = []
 
@@ -51,11 +54,14 @@ class StepMonitor(L.Callback):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         if math.isfinite(norm):
-            self.gradient_norm, self.skipped_in_row = norm, 0
+            self.gradient_norm, self.skipped_in_row, self.overflows_in_row = norm, 0, 0
             return
         suspects = self._suspects(trainer, module)
         if self.config.trainer.precision == "16-mixed" and not suspects:
-            return  # half precision overflows while its scale is being found; the scaler skips the step itself
+            # Half precision overflows while its scale is being found; the scaler skips the step itself and halves it.
+            self.overflows_in_row += 1
+            if self.overflows_in_row < MAX_OVERFLOWS_IN_ROW:
+                return
         self.num_skipped += 1
         self.skipped_in_row += 1
         if self.config.trainer.non_finite == "stop" or self.skipped_in_row >= MAX_SKIPPED_IN_ROW:

@@ -130,6 +130,36 @@ def test_an_unfinished_run_goes_on_changed_where_that_is_allowed(
     assert open_run(config, manifest)[0] == record
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "line"),
+    [
+        ("model", {"channels": [8, 32]}, r"`model\.channels` \[8, 16\] -> \[8, 32\]"),
+        ("optimizer", {"name": "AdamW"}, "`optimizer.name` SGD -> AdamW"),
+        ("scheduler", {"name": "OneCycleLR"}, "`scheduler.name` None -> OneCycleLR"),
+        ("model", {"dropout": 0.7}, ""),
+        ("optimizer", {"lr": 0.7}, ""),
+    ],
+)
+def test_changes_that_the_checkpoints_do_not_fit_are_refused_though_changes_are_allowed(
+    section: str,
+    values: dict[str, Any],
+    line: str,
+    unfinished: RunRecord,
+    tiny_config: Config,
+    tiny_dataset: DatasetManifest,
+) -> None:
+    config = dataclasses.replace(tiny_config, **{section: dataclasses.replace(getattr(tiny_config, section), **values)})
+    if not line:
+        assert open_run(config, tiny_dataset, allow_changes=True)[0].job_id == unfinished.job_id
+        return
+    before = files_below(unfinished.folder)
+    with pytest.raises(
+        RunError, match=f"tiny: its checkpoints do not fit: {line}. Go on as it was, or start anew with --fresh"
+    ):
+        open_run(config, tiny_dataset, allow_changes=True)
+    assert files_below(unfinished.folder) == before
+
+
 def test_a_changed_run_that_never_saved_is_only_moved_aside(tiny_config: Config, tiny_dataset: DatasetManifest) -> None:
     first, _ = open_run(tiny_config, tiny_dataset)
     again, _ = open_run(dataclasses.replace(tiny_config, seed=7), tiny_dataset)

@@ -9,7 +9,7 @@ from pipeline.config import Config
 from pipeline.data.dataset import Batch
 from pipeline.errors import TrainingError
 from pipeline.training.classifier import Classifier
-from pipeline.training.monitors import MAX_SKIPPED_IN_ROW, MIN_POINTS, RunningLoss, StepMonitor
+from pipeline.training.monitors import MAX_OVERFLOWS_IN_ROW, MAX_SKIPPED_IN_ROW, MIN_POINTS, RunningLoss, StepMonitor
 from tests.unit.training.conftest import Fit, change, weights_of
 
 
@@ -121,3 +121,16 @@ def test_counts_travel_in_the_checkpoint(config: Config, fit: Fit) -> None:
         first.losses.add(float(loss))
     second.load_state_dict(first.state_dict())
     assert (second.num_skipped, vars(second.losses)) == (3, vars(first.losses))
+
+
+def test_half_precision_may_overflow_for_a_while_and_not_for_ever(config: Config, fit: Fit) -> None:
+    # On a CPU there is no half precision; the monitor is told that there is, and gradients overflow without a loss that does.
+    monitor = StepMonitor(change(config, "trainer", precision="16-mixed"))
+
+    class Overflow(L.Callback):
+        def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            next(module.parameters()).grad = torch.full_like(next(module.parameters()), math.inf)
+
+    with pytest.raises(TrainingError, match=f"step {MAX_OVERFLOWS_IN_ROW}: the gradient is not finite, though every loss is"):
+        fit(change(config, "trainer", max_epochs=6), Overflow(), monitor)
+    assert monitor.overflows_in_row == MAX_OVERFLOWS_IN_ROW
