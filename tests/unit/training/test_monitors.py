@@ -131,6 +131,11 @@ def test_half_precision_may_overflow_for_a_while_and_not_for_ever(config: Config
         def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
             next(module.parameters()).grad = torch.full_like(next(module.parameters()), math.inf)
 
+    class Scaler(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+            for parameter in module.parameters():
+                parameter.grad = None
+
     with pytest.raises(TrainingError, match=f"step {MAX_OVERFLOWS_IN_ROW}: the gradient is not finite, though every loss is"):
-        fit(change(config, "trainer", max_epochs=6), Overflow(), monitor)
+        fit(change(config, "trainer", max_epochs=6), Overflow(), monitor, Scaler())
     assert monitor.overflows_in_row == MAX_OVERFLOWS_IN_ROW
