@@ -116,7 +116,7 @@ def examine_alone(config: Config, why: str) -> None:
         patient = Patient(config, load_dataset(config.dataset_location, config.data.cache_folder))
     except ShardlineError:
         patient = Patient(config, None)
-    _tell(config, [*(_look(check, patient) for check in MACHINE_CHECKS), Finding("red", why, MEET_REMEDY, "rendezvous")])
+    _tell(config, [*(_look(check, patient) for check in MACHINE_CHECKS), Finding("red", why, check="rendezvous")])
 
 
 def _look(check: Check, patient: Patient) -> Finding:

@@ -69,7 +69,7 @@ def require_first_machine(wait_seconds: float) -> None:
             if time.monotonic() > deadline:
                 raise RunError(
                     f"{host}:{port} (PET_MASTER_ADDR, PET_MASTER_PORT) cannot be reached from {socket.gethostname()} after "
-                    f"{wait_seconds:.0f} s ({error}). Is the first machine up and its port open?"
+                    f"{wait_seconds:.0f} s ({error}). Is the first machine up, and the port open?"
                 ) from error
         time.sleep(1.0)
 
