@@ -15,13 +15,15 @@ from tests.processes import shardline
 GLOBAL_BATCH_SIZE = 48  # one, two and three ranks share it
 NUM_EPOCHS = 2
 STEPS_PER_EPOCH = 22  # 1,069 training samples
-# Group norm and no dropout: nothing in the network depends on how the batch is shared.
+# Group norm and no dropout: nothing in the network depends on how the batch is shared. One convolution a stage: a deeper
+# network multiplies the rounding of sums a hundredfold within 20 steps at this learning rate, on any number of ranks.
 SETTINGS = [
     f"--data.global_batch_size={GLOBAL_BATCH_SIZE}",
     f"--trainer.max_epochs={NUM_EPOCHS}",
     "--trainer.log_every_steps=1",
     "--model.norm=group",
     "--model.dropout=0",
+    "--model.convs_per_stage=1",
     "--data.augment.rotate_degrees=10",
     "--dataset.path=data/digits",
 ]
