@@ -121,6 +121,7 @@ class Disk:
     def train(self, log: Path) -> subprocess.Popen[bytes]:
         """Start a training whose every checkpoint has about 0.8 MB."""
         settings = ["--dataset.path=data/digits", f"--name={self.run_dir.name}", "--trainer.max_epochs=8"]
+        settings += ["--model.convs_per_stage=1"]
         train = [sys.executable, "-m", "pipeline", "train", *settings, "--trainer.checkpoint_every_steps=5"]
         command = self.inside("sh", "-c", 'cd "$0" && exec "$@"', str(self.workspace), *train)
         with log.open("ab") as output:
