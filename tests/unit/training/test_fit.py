@@ -1,5 +1,6 @@
 """Settings of the trainer change how a training is computed, not what: alone and together."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.training.callbacks import WarmUpBuckets
+from pipeline.training.fit import STEP_HOOKS, drop_empty_hooks
 from pipeline.training.monitors import StepMonitor
 from tests.unit.training.conftest import Fit, change, weights_of
 
@@ -78,3 +80,14 @@ def test_settings_work_together(config: Config, fit: Fit, trainer: dict[str, Any
     after = weights_of(fit(config, *callbacks(config)))
     assert bool(torch.isfinite(after).all())
     assert not torch.equal(before, after)
+
+
+def test_only_hooks_that_do_nothing_are_dropped(config: Config, fit: Fit) -> None:
+    monitor, warm_up = StepMonitor(config), WarmUpBuckets((16, 16))
+    drop_empty_hooks([monitor, warm_up])
+    kept = [name for name in STEP_HOOKS if callable(getattr(monitor, name))]
+    assert kept == ["on_train_batch_start", "on_before_optimizer_step"]
+    assert not any(callable(getattr(warm_up, name)) for name in STEP_HOOKS)
+    lean = fit(config, monitor, warm_up)
+    assert math.isfinite(monitor.gradient_norm)
+    assert torch.equal(weights_of(lean), weights_of(fit(config, *callbacks(config))))
