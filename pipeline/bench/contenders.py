@@ -30,6 +30,8 @@ class Material:
 
 def ours(material: Material) -> Iterator[torch.Tensor]:
     """Shardline's own loader."""
+    import torchvision.io  # noqa: F401 - as the others do, before the processes start: imports are no loading
+
     from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
     from pipeline.data.datamodule import ShardDataModule
     from pipeline.manifest import load_dataset
