@@ -89,10 +89,7 @@ NO_DATA_SET = Finding("skipped", "no data set to tell from")
 
 def examine(config: Config) -> None:
     """Examine as one rank. Raises GateError on rank 0 when something is red."""
-    try:
-        patient = Patient(config, load_dataset(config.dataset_location, config.data.cache_folder))
-    except ShardlineError:
-        patient = Patient(config, None)  # `data set` says why
+    patient = _patient_of(config)
     is_first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
     findings = [_look(check, patient) for check in MACHINE_CHECKS] if is_first_here else []
     try:
@@ -112,11 +109,15 @@ def examine(config: Config) -> None:
 
 def examine_alone(config: Config, why: str) -> None:
     """Examine this machine where no other can be met, which is red. Raises GateError."""
-    try:
-        patient = Patient(config, load_dataset(config.dataset_location, config.data.cache_folder))
-    except ShardlineError:
-        patient = Patient(config, None)
+    patient = _patient_of(config)
     _tell(config, [*(_look(check, patient) for check in MACHINE_CHECKS), Finding("red", why, check="rendezvous")])
+
+
+def _patient_of(config: Config) -> Patient:
+    try:
+        return Patient(config, load_dataset(config.dataset_location, config.data.cache_folder))
+    except ShardlineError:
+        return Patient(config, None)  # `data set` says why
 
 
 def _look(check: Check, patient: Patient) -> Finding:
