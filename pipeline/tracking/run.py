@@ -1,175 +1,178 @@
-"""One MLflow run a job, found again by its job_id, with each (metric, step) written once.
+"""What a stage says of its run: curves, figures, tags, files, pictures, a model. Nothing here waits for MLflow.
 
-A killed job replays the steps since its last checkpoint. The replay is bit-identical, so points that are already there are
-simply not written again.
+Everything goes to the run's journal first (see `journal`), and a process of its own delivers it to MLflow (see `deliver`).
+A killed job replays the steps since its last checkpoint; the replay is bit-identical, so points that the journal has are not
+added again, and each (metric, step) reaches MLflow once.
 """
 
-import logging
-import math
-import os
+import contextlib
+import hashlib
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from pipeline.config import Config
-from pipeline.files import locked, publish, temporary_name
+from pipeline.console import say
+from pipeline.files import write_bytes
 from pipeline.run import Outcome, RunRecord
+from pipeline.tracking.journal import FILES, FOLDER, POINTS, Entry, Journal, last_steps, read_entries
+from pipeline.tracking.provenance import describe_run
+from pipeline.tracking.server import Server, place_of, server_of
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-DATABASE = "mlflow.db"
-DATABASE_WAIT_SECONDS = 120.0
-JOB_TAG = "shardline.job_id"
-# A write takes 10 ms of CPU and each of its points 0.1 ms, so points are kept for a while; MLflow takes 1,000 at once.
-SECONDS_BETWEEN_WRITES = 10.0
-MAX_HELD_POINTS = 700
-STATUS: dict[Outcome, str] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-NAMES = ("seed", "data", "model", "optimizer", "scheduler", "trainer", "preprocess")
+Status = Literal["RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED"]
+STATUS: dict[Outcome, Status] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+# MLflow takes letters of any script, digits and these.
+_NOT_IN_KEYS = re.compile(r"[^\w.\- :/]")
+SECONDS_BETWEEN_LOOKS = 5.0
 
 
 class RunTracker:
-    """Writes to one MLflow run. `train/*` and `val/*` go by global step, final figures without one."""
+    """Writes down what belongs to one MLflow run. `train/*` and `val/*` go by global step, final figures without one."""
 
-    def __init__(self, client: "MlflowClient", run_id: str) -> None:
-        self.client = client
-        self.run_id = run_id
-        self._last_step: dict[str, int] = {}
-        self._held: list[Metric] = []
-        self._written_at = -math.inf
+    def __init__(self, run_dir: Path, server: Server) -> None:
+        self.run_dir, self.server = run_dir, server
+        self.points = Journal(run_dir / FOLDER / POINTS)
+        self.files = Journal(run_dir / FOLDER / FILES)
+        self._last_step = last_steps(self.points.path)
+        self._final = _final_figures(self.points.path)
+        self._images = {(entry["key"], entry["step"]) for entry, _ in read_entries(self.files.path) if "key" in entry}
+        self._deliverer: subprocess.Popen[bytes] | None = None
+        self._looked_at = 0.0
+        self._said = ""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Keep the metrics of a global step to be written soon, unless an earlier try of the job has written them."""
-        from mlflow.entities import Metric
-
+        """Write down the metrics of a global step, unless an earlier try of the job has."""
         now = int(time.time() * 1000)
-        points = [Metric(key, value, now, step) for key, value in metrics.items() if step > self._written_until(key)]
-        self._last_step |= {point.key: step for point in points}
-        self._held += points
-        if len(self._held) >= MAX_HELD_POINTS or time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
-            self.flush()
+        points = []
+        for name, value in metrics.items():
+            key = metric_key(name)
+            if step > self._last_step.get(key, -1):
+                self._last_step[key] = step
+                points.append([key, value, now, step])
+        if points:
+            self._add(self.points, {"points": points})
+        self._look_after_delivery()
 
-    def flush(self) -> None:
-        """Write what is kept. A checkpoint must come after it: the steps before that are not taken again."""
-        held, self._held, self._written_at = self._held, [], time.monotonic()
-        if held:
-            self.client.log_batch(self.run_id, metrics=held)
+    def log_final(self, metrics: dict[str, float]) -> None:
+        """Write down figures that have no step. One that is there already with the same value is not written again."""
+        new = {metric_key(name): value for name, value in metrics.items()}
+        new = {key: value for key, value in new.items() if self._final.get(key) != value}
+        self._final |= new
+        if new:
+            now = int(time.time() * 1000)
+            self._add(self.points, {"final": [[key, value, now, 0] for key, value in new.items()]})
 
-    def _written_until(self, key: str) -> int:
-        if key not in self._last_step:
-            history = self.client.get_metric_history(self.run_id, key)
-            self._last_step[key] = max((point.step for point in history), default=-1)
-        return self._last_step[key]
-
-    def log_final(self, metrics: dict[str, float], headline: str = "") -> None:
-        """Write figures that have no step; `headline` becomes the run's description."""
-        written = self.client.get_run(self.run_id).data.metrics
-        for key, value in metrics.items():
-            if written.get(key) != value:
-                self.client.log_metric(self.run_id, key, value)
-        if headline:
-            self.client.set_tag(self.run_id, "mlflow.note.content", headline)
+    def set_tags(self, tags: dict[str, str]) -> None:
+        """Set tags of the run; `mlflow.runName` and `mlflow.note.content` are its name and description."""
+        self._add(self.points, {"tags": tags})
 
     def log_file(self, path: Path, folder: str = "") -> None:
-        """Keep a file as an artifact of the run."""
-        self.client.log_artifact(self.run_id, str(path), folder or None)
+        """Keep a file of the run folder as an artifact, as it will be when it is delivered."""
+        self._add(self.files, {"file": str(path.relative_to(self.run_dir)), "folder": folder})
 
-    def finish(self, status: str = "FINISHED") -> None:
-        """Mark the run FINISHED, FAILED or KILLED."""
+    def log_image(self, key: str, png: bytes, step: int) -> None:
+        """Add a picture (the bytes of a PNG) to the pictures `key`, which MLflow shows by step; each (key, step) once."""
+        key = metric_key(key)
+        if (key, step) in self._images:
+            return
+        self._images.add((key, step))
+        path = FOLDER / "images" / f"{key.replace('/', '-')}-{step}.png"
+        self._guard(lambda: write_bytes(self.run_dir / path, png))
+        self._add(self.files, {"image": str(path), "key": key, "step": step, "time": int(time.time() * 1000)})
+
+    def log_table(self, name: str, columns: dict[str, list[Any]], images: list[str]) -> None:
+        """Keep a table as the artifact `name` (.json); the columns `images` hold paths of pictures, relative to the run folder."""
+        self._add(self.files, {"table": name, "columns": columns, "images": images})
+
+    def log_model(self, entry: Entry) -> None:
+        """Log the model that `entry` describes (see `registry.register_model`), and register it."""
+        self._add(self.files, {"model": entry})
+
+    def flush(self) -> None:
+        """Have what was said survive a power cut. A checkpoint must come after it: the steps before are not taken again."""
+        self._guard(self.points.make_durable)
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """Say how the run stands and let go of it; what is not delivered yet goes on being so for a while."""
+        self._add(self.points, {"status": status, "time": int(time.time() * 1000)})
         self.flush()
-        self.client.set_terminated(self.run_id, status)
+        if self._deliverer is not None:
+            assert self._deliverer.stdin is not None
+            with contextlib.suppress(OSError):
+                self._deliverer.stdin.close()
+        self.points.close()
+        self.files.close()
 
     def leave(self, outcome: Outcome) -> None:
         """Give the run the status that its training has: SCHEDULED where that is still to come."""
-        if outcome == "running":
-            self.client.update_run(self.run_id, status="SCHEDULED")
-        else:
-            self.finish(STATUS[outcome])
+        self.finish("SCHEDULED" if outcome == "running" else STATUS[outcome])
 
+    # ---- never costs a run ----
 
-def tracking_uri(config: Config) -> str:
-    """Where runs are tracked: the configured server, or a sqlite file in the runs folder."""
-    return config.tracking.uri or f"sqlite:///{(Path(config.runs_dir) / DATABASE).resolve()}"
+    def _add(self, journal: Journal, entry: Entry) -> None:
+        self._guard(lambda: journal.add(entry))
 
+    def _guard(self, write: Any) -> None:
+        """Do without a line where the disk has no room for it: the training is worth more."""
+        try:
+            write()
+        except OSError as error:
+            self._say(f"{self.run_dir / FOLDER}: {error.strerror}; points are being lost. Training goes on.")
 
-def open_tracker(config: Config, record: RunRecord) -> RunTracker:
-    """Return the tracker of the record's job: its MLflow run is found by job_id, or made.
-
-    run.json holds the job_id before the run is made, so a kill between the two cannot make a second run.
-    """
-    client = open_client(config)
-    experiment_id = _experiment(client, config)
-    query = f"tags.`{JOB_TAG}` = '{record.job_id}'"
-    found = client.search_runs([experiment_id], filter_string=query, max_results=1)
-    if found:
-        run_id = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        if not found[0].data.params:  # killed right after the run was made
-            _log_parameters(client, run_id, config)
-    else:
-        tags = {JOB_TAG: record.job_id, "shardline.data_digest": record.data_digest}
-        if record.git["commit"]:
-            tags |= {"mlflow.source.git.commit": record.git["commit"], "git.dirty": str(record.git["dirty"]).lower()}
-        run_id = client.create_run(experiment_id, run_name=record.name, tags=tags).info.run_id
-        _log_parameters(client, run_id, config)
-    record.mlflow = {"uri": tracking_uri(config), "experiment": config.tracking.experiment, "run_id": run_id}
-    record.save()
-    return RunTracker(client, run_id)
-
-
-def open_client(config: Config) -> "MlflowClient":
-    """MLflow's client for where this configuration's runs are tracked, quiet and without telemetry."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic"):  # importing mlflow sets them back
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if not config.tracking.uri:
-        _make_database(Path(config.runs_dir) / DATABASE)
-    return MlflowClient(tracking_uri(config))
-
-
-def _make_database(path: Path) -> None:
-    """See to it that MLflow's sqlite file is there, whole: making it takes seconds, and what a kill left half-made stays so."""
-    from mlflow import MlflowClient
-
-    with locked(path, wait_seconds=DATABASE_WAIT_SECONDS):
-        if path.exists():
+    def _look_after_delivery(self) -> None:
+        """Start the deliverer again where something ended it, and say once what keeps it from delivering."""
+        if self._deliverer is None or time.monotonic() - self._looked_at < SECONDS_BETWEEN_LOOKS:
             return
-        temporary = temporary_name(path)
-        for left_over in path.parent.glob(f"{temporary.name}*"):
-            left_over.unlink()
-        MlflowClient(f"sqlite:///{temporary.resolve()}").search_experiments()
-        publish(temporary, path)
+        self._looked_at = time.monotonic()
+        if self._deliverer.poll() is not None:
+            self.start_delivery()
+        trouble = place_of(self.run_dir).trouble
+        if trouble:
+            self._say(f"{trouble}. Training goes on; what is to be told lies in {self.run_dir / FOLDER} and is delivered later.")
+
+    def _say(self, message: str) -> None:
+        if message != self._said:
+            self._said = message
+            say(message)
+
+    def start_delivery(self) -> None:
+        """Start the process that delivers; it ends after this one has, or has let go of the run."""
+        command = [sys.executable, "-m", "pipeline.tracking.deliver", str(self.run_dir.resolve()), *self.server.arguments()]
+        self._looked_at = time.monotonic()
+        try:
+            with (self.run_dir / FOLDER / "deliver.log").open("ab") as log:
+                self._deliverer = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+                )
+        except OSError as error:
+            self._say(f"the process that delivers to MLflow did not start ({error}); `shardline sync` will deliver.")
 
 
-def _experiment(client: "MlflowClient", config: Config) -> str:
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    location = None if config.tracking.uri else (Path(config.runs_dir) / "mlartifacts").resolve().as_uri()
-    return str(client.create_experiment(config.tracking.experiment, artifact_location=location))
+def open_tracker(config: Config, record: RunRecord, status: Status | None = "RUNNING", inputs: list[Entry] | None = None) -> RunTracker:
+    """Return the tracker of the record's job; its MLflow run will be found by job_id, or made.
+
+    run.json holds the job_id before the run is made, so a kill between the two cannot make a second run. `status` is what the
+    run becomes now, None for what it is; `inputs` are its data sets (see `provenance.describe_dataset`).
+    """
+    tracker = RunTracker(config.run_dir, server_of(config))
+    tracker._add(tracker.points, {"begin": describe_run(config, record), "inputs": inputs or []})
+    if status is not None:
+        tracker._add(tracker.points, {"status": status, "time": int(time.time() * 1000)})
+    tracker.start_delivery()
+    return tracker
 
 
-def _log_parameters(client: "MlflowClient", run_id: str, config: Config) -> None:
-    from mlflow.entities import Param
-
-    values = config.as_dict()
-    flat = _flatten({name: values[name] for name in NAMES})
-    client.log_batch(run_id, params=[Param(key, str(value)[:250]) for key, value in flat.items()])
-    client.log_dict(run_id, values, "config.yaml")
+def metric_key(name: str) -> str:
+    """A name as MLflow takes it: what it refuses in class names becomes `_`, with a few digits that keep two such names apart."""
+    key = "/".join("_" if not part.strip(". ") else _NOT_IN_KEYS.sub("_", part) for part in name.split("/"))[:240]
+    return key if key == name else f"{key}.{hashlib.sha256(name.encode()).hexdigest()[:4]}"
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _final_figures(path: Path) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for entry, _ in read_entries(path):
+        figures |= {key: value for key, value, _, _ in entry.get("final", ())}
+    return figures
