@@ -100,8 +100,8 @@ def test_predictions_are_read_by_key() -> None:
 
 
 def test_of_several_labels_all_must_be_right_in_any_order() -> None:
-    text = HEADER + "0,a,cat|dog,dog|cat,0.9|0.8\n1,b,cat|dog,cat,0.9\n2,c,,,\n3,d,,cat,0.7\n"
-    assert read_correct(text) == {"a": True, "b": False, "c": True, "d": False}
+    text = HEADER + "0,a,cat|dog,dog|cat,0.9|0.8\n1,b,cat|dog,cat,0.9\n2,c,,,\n3,d,,cat,0.7\n4,e,cat,cat|dog,1|1\n"
+    assert read_correct(text) == {"a": True, "b": False, "c": True, "d": False, "e": False}
     assert LABEL_SEPARATOR == task.LABEL_SEPARATOR
 
 
