@@ -145,7 +145,7 @@ def _make_registered_model(client: "MlflowClient", entry: dict[str, Any]) -> Non
             entry["name"],
             tags={"task": entry["task"]},
             description=f"Image classifier ({entry['task']}) by Shardline. Every version is an ONNX file that was proved to "
-            f"answer as the trained network does. `{CANDIDATE}`: the latest; `{CHAMPION}`: the best so far (`shardline promote`).",
+            f"answer as the trained network does. `{CANDIDATE}`: the latest; `{CHAMPION}`: the best (`shardline promote`).",
         )
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):

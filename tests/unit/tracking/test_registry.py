@@ -33,7 +33,7 @@ def test_a_model_becomes_a_version_that_says_where_it_came_from(registry: Regist
     assert "`shardline promote`" in model.description
     run = registry.client.get_run(run_id)
     assert run.info.status == "RUNNING"  # whose it is to end
-    assert [output.model_id for output in run.outputs.model_outputs] == [version.model_id]
+    assert [f"models:/{output.model_id}" for output in run.outputs.model_outputs] == [version.source]
 
 
 def test_the_logged_model_is_the_proved_file_and_answers(registry: Registry, run_dir: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_logged_model_is_the_proved_file_and_answers(registry: Registry, run
     mlflow.set_tracking_uri(registry.uri)
     local = Path(mlflow.artifacts.download_artifacts(artifact_uri="models:/asked@candidate"))
     assert sha256_of(local / "model.onnx") == entry["tags"]["onnx_sha256"]
-    assert (local / "requirements.txt").read_text().split() [1:] == ["onnxruntime==1.32.0"]  # the first is mlflow itself
+    assert (local / "requirements.txt").read_text().split()[1:] == ["onnxruntime==1.32.0"]  # the first is mlflow itself
     model = mlflow.pyfunc.load_model("models:/asked@candidate")
     signature = model.metadata.signature
     assert [(spec.name, spec.type, spec.shape) for spec in signature.inputs] == [("image", np.dtype("uint8"), (-1, 3, 16, 16))]
