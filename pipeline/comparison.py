@@ -122,7 +122,7 @@ def mcnemar_p_value(first: int, second: int) -> float:
 def read_correct(text: str) -> dict[str, bool]:
     """Whether each sample, by its key, was answered rightly, from the text of a predictions.csv. Raises DataError.
 
-    Of several labels an image, all must be right. Shards that others wrote may use a key twice: then `KEY#INDEX` tells them apart.
+    Of several labels an image, all must be right. A key that two samples share (in shards of others) becomes `KEY#INDEX`.
     """
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if reader.fieldnames != COLUMNS:
