@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.errors import GateError, ModelError, RunError
 from pipeline.files import sha256_of
 from pipeline.run import RUN_NAME, RunRecord
+from pipeline.tracking.deliver import describe_trouble
 from pipeline.tracking.provenance import JOB_TAG
 from pipeline.tracking.registry import SHA256_TAG
 
@@ -181,7 +182,7 @@ def _ask_server(chain: Chain, config: Config, client: "MlflowClient") -> None:
             chain.version = _version_of_file(chain, client)
         chain.mlflow_job = client.get_run(chain.mlflow_run).data.tags.get(JOB_TAG, "")
     except (MlflowException, OSError) as error:
-        chain.trouble = " ".join(str(error).split())[:150]
+        chain.trouble = describe_trouble(error, client.tracking_uri)
 
 
 def _mlflow_run_of(chain: Chain, config: Config, client: "MlflowClient") -> str:
@@ -191,8 +192,8 @@ def _mlflow_run_of(chain: Chain, config: Config, client: "MlflowClient") -> str:
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if known or experiment is None:
         return known or ""
-    job_id = chain.record.job_id if chain.record is not None else chain.metadata.get("job_id", "")
-    found = client.search_runs([experiment.experiment_id], f"tags.`{JOB_TAG}` = '{job_id}'", max_results=1)
+    query = f"tags.`{JOB_TAG}` = '{chain.facts['job_id']}'"
+    found = client.search_runs([experiment.experiment_id], query, max_results=1)
     return str(found[0].info.run_id) if found else ""
 
 
@@ -288,7 +289,8 @@ def _file_link(chain: Chain) -> Link:
     if not chain.claims:
         return Link("ONNX file", "not reachable", f"{chain.path}: nothing was reached that says what its sha256 should be")
     wanted = chain.sha256 if chain.is_exported_file else chain.claims[0]
-    return compared("ONNX file", chain.path, {"sha256": (chain.sha256, wanted)})
+    kept = f"the file in the registry, {_name(chain.version)}" if chain.by_version and chain.version else chain.path
+    return compared("ONNX file", kept, {"sha256": (chain.sha256, wanted)})
 
 
 def _version_link(chain: Chain) -> Link:
@@ -300,7 +302,11 @@ def _version_link(chain: Chain) -> Link:
     pairs: dict[str, tuple[Any, Any]] = {SHA256_TAG: (version.tags.get(SHA256_TAG, ""), chain.exported_sha256)}
     pairs |= {name: (version.tags.get(name, ""), wanted) for name, wanted in chain.facts.items()}
     pairs["run_id"] = (version.tags.get("run_id", ""), version.run_id)
-    return compared("version", f"{version.name} {version.version}", pairs)
+    return compared("version", _name(version), pairs)
+
+
+def _name(version: "ModelVersion") -> str:
+    return f"models:/{version.name}/{version.version}"
 
 
 def first_broken(links: list[Link]) -> GateError | None:
