@@ -70,7 +70,7 @@ def _log_once(client: "MlflowClient", run_id: str, run_dir: Path, entry: dict[st
     if logged.status != LoggedModelStatus.READY:
         _upload(client, run_id, run_dir, logged, entry)
         logged = client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-    _log_metrics_once(client, run_id, logged, entry)
+    _log_metrics(client, run_id, logged, entry)
     return logged
 
 
@@ -129,12 +129,10 @@ def signature_of(path: Path) -> "ModelSignature":
     return ModelSignature(inputs=specs(graph.input), outputs=specs(graph.output))
 
 
-def _log_metrics_once(client: "MlflowClient", run_id: str, logged: "LoggedModel", entry: dict[str, Any]) -> None:
-    """Give the model its figures: they are the run's, too, so this is the only place that tells them."""
-    there = {metric.key for metric in client.get_logged_model(logged.model_id).metrics or []}
+def _log_metrics(client: "MlflowClient", run_id: str, logged: "LoggedModel", entry: dict[str, Any]) -> None:
+    """Give the model its figures; they are the run's, too, so nothing else tells them. By its time, each counts once."""
     for key, value in entry["metrics"].items():
-        if key not in there:
-            client.log_metric(run_id, key, value, timestamp=entry["time"], step=0, model_id=logged.model_id)
+        client.log_metric(run_id, key, value, timestamp=entry["time"], step=0, model_id=logged.model_id)
 
 
 def _make_registered_model(client: "MlflowClient", entry: dict[str, Any]) -> None:
