@@ -103,6 +103,13 @@ def rewrite_metadata(path: Path) -> None:
     onnx.save(model, path)
 
 
+def stored_file(traced: Traced) -> Path:
+    """The file of version 1 in the artifact store."""
+    version = traced.registry.client.get_model_version(traced.name, "1")
+    logged = traced.registry.client.get_logged_model(str(version.source).removeprefix("models:/"))
+    return Path(logged.artifact_location.removeprefix("file://")) / "model.onnx"
+
+
 def set_tag(traced: Traced, key: str, value: str) -> None:
     traced.registry.client.set_model_version_tag(traced.name, "1", key, value)
 
@@ -169,9 +176,7 @@ def test_a_run_that_knows_of_no_mlflow_run_finds_it_by_its_job(traced: Traced) -
 
 
 def test_a_file_that_was_changed_inside_the_registry_is_found(traced: Traced) -> None:
-    version = traced.registry.client.get_model_version(traced.name, "1")
-    logged = traced.registry.client.get_logged_model(str(version.source).removeprefix("models:/"))
-    append(Path(logged.artifact_location.removeprefix("file://")) / "model.onnx")
+    append(stored_file(traced))
     code, states = traced.ask(f"models:/{traced.name}/1")
     assert (code, [name for name, state in states.items() if state == "BROKEN"]) == (3, ["ONNX file"]), traced.said
     assert traced.ask()[0] == 0  # the run's own file is what it was
@@ -204,7 +209,8 @@ def test_a_copy_of_the_file_leads_to_its_run_even_if_that_was_moved_aside(traced
     assert (code, states["ONNX file"]) == (3, "BROKEN"), traced.said
 
 
-def test_a_version_stays_whole_when_its_run_is_exported_again(traced: Traced) -> None:
+def export_again(traced: Traced) -> None:
+    """Another file of the same run, which becomes version 2."""
     record = RunRecord.require(traced.config.run_dir)
     model = onnx.load(traced.model)
     model.producer_version = "again"
@@ -214,10 +220,29 @@ def test_a_version_stays_whole_when_its_run_is_exported_again(traced: Traced) ->
     entry = model_entry(traced.config.run_dir, traced.name, **tags_of(traced))
     entry["tags"]["onnx_sha256"] = sha256_of(traced.model)
     assert register_model(traced.registry.client, traced.run_id, traced.config.run_dir, entry) == "2"
+
+
+def test_a_version_stays_whole_when_its_run_is_exported_again(traced: Traced) -> None:
+    export_again(traced)
     code, states = traced.ask(f"models:/{traced.name}/1")
     assert (code, states["ONNX file"], states["parity"]) == (0, "verified", "not reachable"), traced.said
     assert traced.ask(f"models:/{traced.name}/2") == (0, dict.fromkeys(LINKS, "verified")), traced.said
     assert traced.ask() == (0, dict.fromkeys(LINKS, "verified")), traced.said
+
+
+def test_an_older_file_in_the_place_of_the_last_export_is_found(traced: Traced) -> None:
+    earlier = traced.model.read_bytes()
+    export_again(traced)
+    traced.model.write_bytes(earlier)
+    code, states = traced.ask()
+    assert (code, [name for name, state in states.items() if state == "BROKEN"]) == (3, ["ONNX file"]), traced.said
+
+
+def test_of_an_older_version_the_changed_file_alone_is_broken(traced: Traced) -> None:
+    export_again(traced)
+    append(stored_file(traced))
+    code, states = traced.ask(f"models:/{traced.name}/1")
+    assert (code, [name for name, state in states.items() if state == "BROKEN"]) == (3, ["ONNX file"]), traced.said
 
 
 def tags_of(traced: Traced) -> dict[str, str]:
