@@ -19,6 +19,7 @@ from pipeline.files import move_aside, write_bytes, write_json
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
 from pipeline.models.sequential import network_for
 from pipeline.preprocess import PreprocessSpec
+from pipeline.report.run_page import write_report
 from pipeline.run import RunRecord
 from pipeline.task import Task, task_of
 from pipeline.tracking.run import open_tracker
@@ -48,7 +49,7 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
     (config.run_dir / REFUSED).unlink(missing_ok=True)
     write_json(config.run_dir / PARITY, dataclasses.asdict(parity))
     write_bytes(config.run_dir / MODEL, content)
-    _log(config, record, parity, len(content))
+    _log(config, manifest, record, parity, len(content))
     inputs = record.inputs_of("export", config, manifest.evaluation_split)
     record.finish_stage("export", inputs, [config.run_dir / MODEL, config.run_dir / PARITY])
     return parity
@@ -77,7 +78,7 @@ def _metadata(manifest: DatasetManifest, task: Task, spec: PreprocessSpec, recor
     }
 
 
-def _log(config: Config, record: RunRecord, parity: Parity, num_bytes: int) -> None:
+def _log(config: Config, manifest: DatasetManifest, record: RunRecord, parity: Parity, num_bytes: int) -> None:
     tracker = open_tracker(config, record)
     worst = max(case.max_abs for case in parity.cases)
     figures = {
@@ -88,4 +89,5 @@ def _log(config: Config, record: RunRecord, parity: Parity, num_bytes: int) -> N
     tracker.log_final(figures)
     for name in (MODEL, PARITY):
         tracker.log_file(config.run_dir / name, "export")
+    write_report(config, manifest, record, tracker)
     tracker.finish()

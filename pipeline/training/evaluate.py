@@ -18,6 +18,7 @@ from pipeline.metrics import Metrics
 from pipeline.models.sequential import network_for
 from pipeline.pretraining import spec_for
 from pipeline.recipe.baselines import compare_with_baselines
+from pipeline.report.run_page import write_report
 from pipeline.run import RunRecord, require_run
 from pipeline.task import LABEL_SEPARATOR, label_text, task_of
 from pipeline.tracking.run import open_tracker
@@ -69,6 +70,7 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
     tracker.log_final(figures, f"**{split} accuracy {metrics.accuracy:.4f}** on {metrics.num_samples:,} images")
     for path in outputs:
         tracker.log_file(path, "evaluation")
+    write_report(config, manifest, record, tracker)
     tracker.finish()
     record.finish_stage("evaluate", record.inputs_of("evaluate", config, split), outputs)
 
