@@ -11,9 +11,8 @@ from typing import Any
 from pipeline.comparison import Comparison, compare_paired, read_correct
 from pipeline.errors import DataError, RunError
 from pipeline.files import write_json
-from pipeline.report.run_files import AGAINST, EVALUATION, TEST
+from pipeline.report.run_files import AGAINST, EVALUATION, PREDICTIONS, TEST
 
-PREDICTIONS = EVALUATION / "predictions.csv"
 SIGNIFICANT = 0.05
 
 

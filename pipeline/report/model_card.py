@@ -213,15 +213,18 @@ def _training(files: RunFiles) -> str:
 
 def _lineage(files: RunFiles) -> str:
     record = files.record
-    git = record.git["commit"]
-    rows = [["data set", record.data_digest], ["pretrained weights", record.weights_sha256], ["job", record.job_id]]
-    rows += [
-        ["MLflow run", files.mlflow["run_id"]],
-        ["git commit", f"{git}{' (dirty)' if record.git['dirty'] else ''}" if git else None],
-    ]
-    rows += [["checkpoint", (record.best or {}).get("sha256")], ["preprocessing", record.preprocess_hash]]
-    rows += [["ONNX file", files.parity.get("sha256")]]
-    kept = [[name, f"`{value}`"] for name, value in rows if value]
+    dirty = " and uncommitted changes" if record.git["dirty"] else ""
+    digests = {
+        "data set": record.data_digest,
+        "pretrained weights": record.weights_sha256,
+        "preprocessing": record.preprocess_hash,
+        f"git commit{dirty}": record.git["commit"],
+        "job": record.job_id,
+        "MLflow run": files.mlflow["run_id"],
+        "checkpoint": (record.best or {}).get("sha256"),
+        "ONNX file": files.parity.get("sha256"),
+    }
+    kept = [[name, f"`{digest}`"] for name, digest in digests.items() if digest]
     made = f"Made by Shardline {pipeline.__version__}. The ONNX file carries these in its metadata."
     return "\n".join(["## Lineage", "", _table(["", "sha256 or name"], kept, escaped=False), "", made])
 

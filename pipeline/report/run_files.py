@@ -4,10 +4,12 @@ Every part may be missing, because its stage has not run yet. A newcomer would s
 went on with changes, results and exports of the checkpoint before may still lie in the folder. They are not this model's.
 """
 
+import csv
 import json
 import math
 import mmap
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,10 @@ TEST, AGAINST, EVALUATION = Path("evaluation/test.json"), Path("evaluation/again
 MODEL, PARITY, PARITY_REFUSED = Path("export/model.onnx"), Path("export/parity.json"), Path("export/parity-refused.json")
 VERDICTS, BASELINES = Path("check/verdicts.json"), Path("check/baselines.json")
 DYNAMICS, WATCHED = Path("dynamics.json"), Path("dynamics.png")
+PREDICTIONS, MISTAKES = EVALUATION / "predictions.csv", EVALUATION / "misclassified"
 BAD_SAMPLES = Path("bad_samples")
+# As `pipeline.task` joins the labels of an image; importing it takes torch.
+LABEL_SEPARATOR = "|"
 
 Curve = list[tuple[float, float]]  # (step, value)
 
@@ -38,6 +43,22 @@ class ClassResult:
     recall: float | None
     precision: float | None = None
     f1: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A line of predictions.csv; of several labels an image all are in one string."""
+
+    index: int
+    key: str
+    label: str
+    predicted: str
+    confidence: str
+
+    @property
+    def num_wrong(self) -> int:
+        """Labels that are missing or too many."""
+        return len(set(self.label.split(LABEL_SEPARATOR)) ^ set(self.predicted.split(LABEL_SEPARATOR)))
 
 
 @dataclass(frozen=True)
@@ -140,6 +161,16 @@ class RunFiles:
         known = {name: getattr(place, name) or self.record.mlflow.get(name) for name in ("uri", "experiment", "run_id")}
         return {name: without_credentials(value) if value else None for name, value in known.items()}
 
+    def answers(self, indices: Collection[int]) -> list[Answer]:
+        """The answers to some samples, the worst first: those with the most wrong labels, and of equally many the surest."""
+        path = self.config.run_dir / PREDICTIONS
+        if not path.is_file():
+            return []
+        with path.open(newline="") as file:
+            lines = [line for line in csv.DictReader(file) if int(line["index"]) in indices]
+        found = [Answer(**{**line, "index": int(line["index"])}) for line in lines]
+        return sorted(found, key=lambda answer: (-answer.num_wrong, _negative(answer.confidence)))
+
     def picture(self, path: Path) -> bytes:
         """The bytes of a picture in the run folder; none where it is not there."""
         whole = self.config.run_dir / path
@@ -182,6 +213,11 @@ def parity_sentence(files: RunFiles) -> str:
         f"The ONNX file answers as the trained network does: agreement {parity['top1_agreement']:.4f} on "
         f"{parity['num_samples']:,} images, largest difference {difference:.1e} (allowed {tolerance:.0e})."
     )
+
+
+def _negative(confidence: str) -> float:
+    """What sorts the surest first, also where each of several labels has a confidence."""
+    return -max((float(value) for value in confidence.split(LABEL_SEPARATOR) if value), default=0.0)
 
 
 def _read(path: Path, default: Any) -> Any:

@@ -33,6 +33,7 @@ from pipeline.report.html import (
 from pipeline.report.model_card import CARD, write_card
 from pipeline.report.run_files import (
     EVALUATION,
+    MISTAKES,
     WATCHED,
     RunFiles,
     accuracy_sentence,
@@ -176,15 +177,15 @@ def _classes(files: RunFiles) -> list[Block]:
     if not files.test.get("recall"):
         return []
     shown = files.classes[:MAX_CLASSES]
-    columns = {"class": [row.name for row in shown], "recall": [_rounded(row.recall) for row in shown]}
-    columns |= {"precision": [_rounded(row.precision) for row in shown], "F1": [_rounded(row.f1) for row in shown]}
-    cells: dict[str, list[Cell]] = {name: [*values] for name, values in columns.items()}
-    cells[f"{files.test['split']} images"] = [row.num_samples for row in shown]
-    cells["train images"] = [row.num_train for row in shown]
-    kept = {name: values for name, values in cells.items() if any(value is not None for value in values)}
+    columns = ["class", "recall", "precision", "F1", f"{files.test['split']} images", "train images"]
+    rows: list[list[Cell]] = [
+        [row.name, _rounded(row.recall), _rounded(row.precision), _rounded(row.f1), row.num_samples, row.num_train]
+        for row in shown
+    ]
+    kept = [place for place in range(len(columns)) if any(row[place] is not None for row in rows)]
     number = len(files.manifest.class_names)
     caption = f"The {MAX_CLASSES} classes of lowest recall, of {number:,}" if number > MAX_CLASSES else "Lowest recall first"
-    return [Table(list(kept), [*zip(*kept.values(), strict=True)], caption)]
+    return [Table([columns[place] for place in kept], [[row[place] for place in kept] for row in rows], caption)]
 
 
 def _rounded(value: float | None) -> str | None:
@@ -202,12 +203,20 @@ def _reliability(files: RunFiles) -> list[Block]:
 
 
 def _mistakes(files: RunFiles) -> list[Block]:
-    paths = sorted((files.config.run_dir / EVALUATION / "misclassified").glob("*.png"))
-    if not paths:
+    paths = {int(path.stem): path for path in (files.config.run_dir / MISTAKES).glob("*.png")}
+    answers = files.answers(paths.keys()) if files.test and paths else []
+    if not answers:
         return []
-    pictures = [Picture(path.read_bytes(), path.stem.split("__")) for path in paths[:MAX_THUMBNAILS]]
-    more = f" {len(pictures)} of {len(paths)} pictures." if len(paths) > len(pictures) else ""
-    return [Text([f"Images that the network got wrong.{more}"], faint=True), Pictures([PictureGroup(pictures)])]
+    pictures = [
+        Picture(
+            paths[answer.index].read_bytes(),
+            [f"{answer.label or 'none'} \N{RIGHTWARDS ARROW} {answer.predicted or 'none'}", answer.confidence, answer.key],
+        )
+        for answer in answers[:MAX_THUMBNAILS]
+    ]
+    which = "with the most wrong labels" if files.manifest.task == "multi" else "of which the network was surest"
+    text = f"The {len(pictures)} wrong answers {which}: label and answer, the answer's probability, the sample's key."
+    return [Text([text], faint=True), Pictures([PictureGroup(pictures)])]
 
 
 def _large(files: RunFiles, path: Path, caption: str) -> list[Block]:
@@ -239,7 +248,7 @@ def _data(files: RunFiles) -> list[Block]:
         values = [*zip(*(files.counts_of(name) for name in counted), strict=True)]
         blocks.append(BarChart(manifest.class_names, counted, values))
     if files.bad_samples:
-        rows = [[split, reason, number] for (split, reason), number in files.bad_samples.most_common(20)]
+        rows: list[list[Cell]] = [[split, why, number] for (split, why), number in files.bad_samples.most_common(20)]
         blocks.append(Table(["split", "why", "samples"], rows, "Samples that training could not decode"))
     return blocks
 
