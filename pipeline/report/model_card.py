@@ -166,7 +166,7 @@ def _limits_of_run(files: RunFiles) -> list[str]:
         found.append(f"{files.bad_samples.total():,} images could not be decoded and were left out ({reasons}).")
     if files.test.get("num_bad_samples"):
         found.append(f"{files.test['num_bad_samples']:,} images of the {files.test['split']} split could not be decoded.")
-    if files.record.git["dirty"]:
+    if files.record.git.get("dirty"):
         found.append("The code had changes that are in no commit, so this commit alone does not make the model again.")
     if files.record.earlier:
         found.append("Its training went on after settings or data had changed; the first part was made with others.")
@@ -213,12 +213,12 @@ def _training(files: RunFiles) -> str:
 
 def _lineage(files: RunFiles) -> str:
     record = files.record
-    dirty = " and uncommitted changes" if record.git["dirty"] else ""
+    dirty = " and uncommitted changes" if record.git.get("dirty") else ""
     digests = {
         "data set": record.data_digest,
         "pretrained weights": record.weights_sha256,
         "preprocessing": record.preprocess_hash,
-        f"git commit{dirty}": record.git["commit"],
+        f"git commit{dirty}": record.git.get("commit"),
         "job": record.job_id,
         "MLflow run": files.mlflow["run_id"],
         "checkpoint": (record.best or {}).get("sha256"),

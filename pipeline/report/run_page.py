@@ -272,14 +272,14 @@ def _shown(value: Any) -> str:
 
 def _provenance(files: RunFiles) -> list[Block]:
     record, best, mlflow = files.record, files.record.best or {}, files.mlflow
-    git = record.git["commit"] or "not from a checkout"
+    git = record.git.get("commit") or "not from a checkout"
     value = f" ({best['monitor']} {best['value']:.4f})" if best else ""
     facts = {
         "job": record.job_id,
         "outcome": f"{record.outcome} after {record.steps:,} steps" if record.steps else record.outcome,
         "processes": record.world_size,
         "machine": files.origin.get("hardware"),
-        "git commit": git + (", with changes that are not committed" if record.git["dirty"] else ""),
+        "git commit": git + (", with changes that are not committed" if record.git.get("dirty") else ""),
         "versions": files.origin.get("versions"),
         "packages (sha256)": files.origin.get("packages.sha256"),
         "MLflow run": mlflow["run_id"],
