@@ -5,6 +5,7 @@ went on with changes, results and exports of the checkpoint before may still lie
 """
 
 import csv
+import itertools
 import json
 import math
 import mmap
@@ -167,8 +168,8 @@ class RunFiles:
         if not path.is_file():
             return []
         with path.open(newline="") as file:
-            lines = [line for line in csv.DictReader(file) if int(line["index"]) in indices]
-        found = [Answer(**{**line, "index": int(line["index"])}) for line in lines]
+            lines = itertools.islice(csv.reader(file), 1, None)
+            found = [Answer(int(index), *cells) for index, *cells in lines if int(index) in indices]
         return sorted(found, key=lambda answer: (-answer.num_wrong, _negative(answer.confidence)))
 
     def picture(self, path: Path) -> bytes:

@@ -14,6 +14,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, GateError, RunError, StoppedError
 from pipeline.files import sha256_of
 from pipeline.manifest import DatasetManifest
+from pipeline.tracking.run import RunTracker
 from tests.unit.report.given import ANSWERS, evaluate, train
 
 VERBS = ("shard", "verify", "inspect", "check", "train", "evaluate", "export", "predict")
@@ -163,6 +164,7 @@ def test_what_only_check_understands_is_not_handed_on() -> None:
 def evaluated(tiny_config: Config, tiny_dataset: DatasetManifest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command line of an evaluated run `tiny` beside an evaluated run `other` and one without results, `bare`."""
     monkeypatch.chdir(Path(tiny_config.runs_dir).parent)
+    monkeypatch.setattr(RunTracker, "start_delivery", lambda tracker: None)  # it would import mlflow
     for name, answers in (("tiny", ANSWERS), ("other", [("red", "blue")] * 12), ("bare", [])):
         config = dataclasses.replace(tiny_config, name=name, runs_dir="runs")
         record = train(config, tiny_dataset)
