@@ -104,7 +104,7 @@ class Session:
 def test_the_snippet_feeds_the_pixels_that_training_saw(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    noise = np.random.default_rng(3).integers(0, 256, (14, 19, 3)).astype(np.uint8)
+    noise = np.random.default_rng(3).integers(0, 256, (14, 20, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "image.jpg")
     stand_in = ModuleType("onnxruntime")
     stand_in.InferenceSession = Session  # type: ignore[attr-defined]
