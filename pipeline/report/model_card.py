@@ -249,7 +249,7 @@ def _use(files: RunFiles) -> str:
             "",
             f"```python\n{snippet(spec, is_multi=files.manifest.task == 'multi')}\n```",
             "",
-            "(`shardline predict` also lays transparent images on their background, scales 16-bit grey ones and pads small ones.)",
+            "(`shardline predict` also lays transparent images on a background, scales 16-bit grey ones and pads small ones.)",
             "",
             f'From MLflow, once it is promoted: `mlflow.onnx.load_model("models:/{files.config.name}@champion")`.',
         ]
