@@ -61,6 +61,11 @@ class Answer:
         """Labels that are missing or too many."""
         return len(set(self.label.split(LABEL_SEPARATOR)) ^ set(self.predicted.split(LABEL_SEPARATOR)))
 
+    @property
+    def confidences(self) -> list[float]:
+        """The probability of the answer, or of each label in it."""
+        return [float(value) for value in self.confidence.split(LABEL_SEPARATOR) if value]
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -170,7 +175,7 @@ class RunFiles:
         with path.open(newline="") as file:
             lines = itertools.islice(csv.reader(file), 1, None)
             found = [Answer(int(index), *cells) for index, *cells in lines if int(index) in indices]
-        return sorted(found, key=lambda answer: (-answer.num_wrong, _negative(answer.confidence)))
+        return sorted(found, key=lambda answer: (-answer.num_wrong, -max(answer.confidences, default=0.0)))
 
     def picture(self, path: Path) -> bytes:
         """The bytes of a picture in the run folder; none where it is not there."""
@@ -212,13 +217,8 @@ def parity_sentence(files: RunFiles) -> str:
     (difference, tolerance), parity = files.worst_difference, files.parity
     return (
         f"The ONNX file answers as the trained network does: agreement {parity['top1_agreement']:.4f} on "
-        f"{parity['num_samples']:,} images, largest difference {difference:.1e} (allowed {tolerance:.0e})."
+        f"{parity['num_samples']:,} images, largest difference {difference:.1e} (allowed {tolerance:g})."
     )
-
-
-def _negative(confidence: str) -> float:
-    """What sorts the surest first, also where each of several labels has a confidence."""
-    return -max((float(value) for value in confidence.split(LABEL_SEPARATOR) if value), default=0.0)
 
 
 def _read(path: Path, default: Any) -> Any:

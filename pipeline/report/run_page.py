@@ -194,12 +194,10 @@ def _rounded(value: float | None) -> str | None:
 
 def _reliability(files: RunFiles) -> list[Block]:
     caption = "Where bars meet the diagonal, answers of that confidence are right that often"
-    blocks = _large(files, EVALUATION / "reliability.png", caption)
     bins = [entry for entry in files.test.get("reliability") or [] if entry["count"]]
-    if bins:
-        rows = [[f"{e['confidence']:.3f}", f"{e['accuracy']:.3f}", e["count"]] for e in bins]
-        blocks.append(Table(["mean confidence", "right", "answers"], rows, "Each bin of confidence that is not empty"))
-    return blocks
+    rows = [[f"{e['confidence']:.3f}", f"{e['accuracy']:.3f}", e["count"]] for e in bins]
+    table = [Table(["mean confidence", "right", "answers"], rows, "Each bin of confidence that is not empty")] if rows else []
+    return _large(files, EVALUATION / "reliability.png", caption) or [*table]
 
 
 def _mistakes(files: RunFiles) -> list[Block]:
@@ -210,7 +208,11 @@ def _mistakes(files: RunFiles) -> list[Block]:
     pictures = [
         Picture(
             paths[answer.index].read_bytes(),
-            [f"{answer.label or 'none'} \N{RIGHTWARDS ARROW} {answer.predicted or 'none'}", answer.confidence, answer.key],
+            [
+                f"{answer.label or 'none'} \N{RIGHTWARDS ARROW} {answer.predicted or 'none'}",
+                ", ".join(f"{value:.3f}" for value in answer.confidences),
+                answer.key,
+            ],
         )
         for answer in answers[:MAX_THUMBNAILS]
     ]

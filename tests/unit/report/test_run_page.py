@@ -51,7 +51,7 @@ def test_the_result_comes_first_and_everything_is_there(finished: RunFiles) -> N
     text = text_of(finished)
     assert text.index("Accuracy 0.9167 (95 % interval 0.6461 to 0.9851): 11 of 12 images of the test split.") < 900
     assert "Beats logistic regression on pixels: 0.9167 beside 0.5000." in text
-    assert "agreement 1.0000 on 12 images, largest difference 2.0e-06 (allowed 1e-04)" in text
+    assert "agreement 1.0000 on 12 images, largest difference 2.0e-06 (allowed 0.0001)" in text
     assert "Checks before training: 1 green, none red, skipped: leakage." in text
     assert "2 samples could not be decoded in training" in text
     assert "red \N{RIGHTWARDS ARROW} blue" in text
@@ -145,3 +145,24 @@ def test_half_a_line_of_a_killed_process_is_no_bad_sample(finished: RunFiles, cu
     path = finished.config.run_dir / "bad_samples/rank-1.jsonl"
     path.write_text(json.dumps({"split": "val", "index": 1, "reason": "gone"}) + "\n" + cut)
     assert again(finished).bad_samples == {("train", "cut short"): 2, ("val", "gone"): 1}
+
+
+def test_the_worst_mistakes_come_first(finished: RunFiles) -> None:
+    lines = [
+        "index,key,label,predicted,confidence",
+        "3,three,a|b,a,0.99",
+        "5,five,a,b|c,0.6|0.7",
+        "9,nine,a,,",
+        "7,seven,a,a,0.5",
+    ]
+    (finished.config.run_dir / "evaluation/predictions.csv").write_text("\n".join(lines))
+    assert [answer.key for answer in finished.answers({3, 5, 9})] == ["five", "nine", "three"]
+    assert finished.answers({5})[0].confidences == [0.6, 0.7]
+
+
+def test_reliability_is_a_table_where_there_is_no_picture(finished: RunFiles) -> None:
+    bins = [{"count": 0, "confidence": None, "accuracy": None}, {"count": 12, "confidence": 0.875, "accuracy": 0.9167}]
+    finished.test["reliability"] = bins
+    assert "mean confidence right answers 0.875 0.917 12" not in text_of(finished)
+    (finished.config.run_dir / "evaluation/reliability.png").unlink()
+    assert "mean confidence right answers 0.875 0.917 12" in text_of(finished)
