@@ -12,13 +12,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pipeline
 from pipeline import distributed, launch
 from pipeline.config import Config, add_settings, load_config, parse_arguments, parse_config
 from pipeline.console import closing_box, say, show_table
-from pipeline.errors import ConfigError, DataError, RunError, ShardlineError, explain_os_error, nearest
+from pipeline.errors import ConfigError, DataError, GateError, RunError, ShardlineError, explain_os_error, nearest
 from pipeline.files import locked
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset, read_manifest
 from pipeline.pretraining import spec_for
@@ -27,6 +27,12 @@ from pipeline.run import CONFIG_NAME, RunRecord, Stage, open_run, require_run, w
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+    from mlflow import MlflowClient
+
+    from pipeline.tracking.lineage import Link
+    from pipeline.tracking.server import Server
+
+Answer = TypeVar("Answer")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -596,6 +602,7 @@ def export(argv: list[str]) -> int:
     facts = {
         "model": f"{model_path}  {model_path.stat().st_size / 1e6:.2f} MB, opset {config.export.opset}",
         "parity": f"{agreement}, largest difference {worst:.0e}",
+        "registry": f"candidate of {config.registered_model}; `shardline promote` compares it with the champion",
         **local,
     }
     closing_box("model published", facts, f"shardline predict {model_path} IMAGE...")
@@ -677,6 +684,112 @@ def sync(argv: list[str]) -> int:
     record.save()
     closing_box("delivered", {"run": f"{place.run_id} in {place.uri}", "experiment": place.experiment})
     return 0
+
+
+def promote(argv: list[str]) -> int:
+    """Make the candidate the champion, if the same test images do not speak against it; exit 3 if they do."""
+    parser = _parser(promote)
+    parser.add_argument("--force", action="store_true", help="move the alias whatever the numbers say; this is recorded")
+    config, options = parse_config(parser, argv)
+    from pipeline.tracking.promotion import promote as decide
+    from pipeline.tracking.server import server_of
+
+    name, server = config.registered_model, server_of(config)
+    if config.run_dir.is_dir():
+        _settle(config, 0)  # an export of a moment ago may still be on its way
+    decision = _asking(server, lambda client: decide(client, name, config.tracking.max_drop, force=options.force))
+    if decision.kind == "refused":
+        how = "`shardline promote --force` moves it all the same"
+        raise GateError(f"version {decision.version} of {name} is not promoted: {decision.reason}. {how}.")
+    if decision.kind == "nothing":
+        say(f"promote: nothing to do, version {decision.version} of {name} is the champion already")
+        return 0
+    facts = {
+        "champion": f"models:/{name}@champion is version {decision.version}"
+        + ("" if decision.kind != "forced" else ", by --force"),
+        "before": f"version {decision.champion}" if decision.champion else "none",
+        "why": decision.reason,
+        "rule": f"not worse, or lower by chance and by less than {config.tracking.max_drop:g} (tracking.max_drop)",
+    }
+    words = _without_options(argv, {"--force": 0})
+    closing_box("promoted", facts, shlex.join(["shardline", "lineage", f"models:/{name}@champion", *words]))
+    return 0
+
+
+def lineage(argv: list[str]) -> int:
+    """Trace a model back to its data and verify every link; exit 3 when one is broken."""
+    parser = _parser(lineage, positional="MODEL ")
+    parser.add_argument("exported", nargs="?", metavar="MODEL", help="model.onnx, models:/NAME@ALIAS or models:/NAME/VERSION")
+    config, options = parse_config(parser, argv)
+    if options.exported is None:
+        raise ConfigError("name a model: `shardline lineage runs/NAME/export/model.onnx`, or models:/NAME@champion.")
+    import tempfile
+
+    from pipeline.console import show_marked
+    from pipeline.tracking.lineage import COLOURS, check_links, find_chain, first_broken
+    from pipeline.tracking.server import server_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        server = server_of(config)
+        try:
+            client, trouble = _client_of(server), ""
+        except RunError as error:
+            client, trouble = None, str(error)
+        chain = _guarded(server, lambda: find_chain(options.exported, config, client, trouble, Path(folder)))
+        links = [_dataset_link(chain.run_dir, chain.facts["data_digest"], config), *check_links(chain)]
+    show_marked([(link.state, COLOURS[link.state], f"{link.name}: {link.what}") for link in links])
+    if broken := first_broken(links):
+        raise broken
+    away = sum(link.state == "not reachable" for link in links)
+    reached = f"{len(links) - away} verified, {away} out of reach" if away else f"all {len(links)} verified"
+    closing_box("nothing broken", {"model": options.exported, "links": reached})
+    return 0
+
+
+def _dataset_link(run_dir: Path | None, digest: str, config: Config) -> "Link":
+    """Whether the data set of the run is there, whole, and the one that the model names."""
+    from pipeline.console import track
+    from pipeline.data.verify import num_files, verify_dataset
+    from pipeline.tracking.lineage import Link, compared
+
+    own = load_config(run_dir / CONFIG_NAME) if run_dir is not None and (run_dir / CONFIG_NAME).is_file() else config
+    location = own.dataset_location
+    if not is_url(location) and not (Path(location) / MANIFEST_NAME).is_file():
+        return Link("data set", "not reachable", f"{location}: no data set there")
+    try:
+        manifest = load_dataset(location, own.data.cache_folder) if is_url(location) else read_manifest(Path(location))
+    except DataError as error:
+        return Link("data set", "BROKEN", str(error))
+    link = compared("data set", location, {"digest": (manifest.digest, digest)})
+    if link.state == "BROKEN":
+        return link
+    for _, defects in track(verify_dataset(manifest, config=own.data), "verify", num_files(manifest), "files"):
+        if defects:
+            return Link("data set", "BROKEN", defects[0])
+    return link
+
+
+def _client_of(server: "Server") -> "MlflowClient":
+    """MLflow's client. Raises RunError where nothing was ever tracked, instead of making a database to ask in vain."""
+    if server.artifacts is not None and not Path(server.uri.removeprefix("sqlite:///")).is_file():
+        raise RunError(f"{server.uri}: nothing was tracked there. Give --tracking.uri, or run `shardline train` first.")
+    return server.client()
+
+
+def _asking(server: "Server", ask: Callable[["MlflowClient"], Answer]) -> Answer:
+    return _guarded(server, lambda: ask(_client_of(server)))
+
+
+def _guarded(server: "Server", ask: Callable[[], Answer]) -> Answer:
+    """Turn a server that fails into one line. Raises RunError."""
+    from mlflow.exceptions import MlflowException
+
+    from pipeline.tracking.deliver import describe_trouble
+
+    try:
+        return ask()
+    except (MlflowException, ConnectionError, TimeoutError) as error:
+        raise RunError(f"{describe_trouble(error, server.uri)}. Is it up, and the right --tracking.uri?") from error
 
 
 # ---- the machines ----
@@ -827,6 +940,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "replay": replay,
     "sync": sync,
+    "promote": promote,
+    "lineage": lineage,
     "predict": predict,
     "doctor": doctor,
     "bench": bench,

@@ -7,6 +7,7 @@ would throw that away, and call real differences chance. No torch here: a verb t
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,18 +122,19 @@ def mcnemar_p_value(first: int, second: int) -> float:
 def read_correct(text: str) -> dict[str, bool]:
     """Whether each sample, by its key, was answered rightly, from the text of a predictions.csv. Raises DataError.
 
-    Of several labels an image, all must be right.
+    Of several labels an image, all must be right. A key that two samples share (in shards of others) becomes `KEY#INDEX`.
     """
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    if rows.fieldnames != COLUMNS:
-        raise DataError(f"predictions.csv has the columns {rows.fieldnames}, not {COLUMNS}. Run `shardline evaluate` again.")
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if reader.fieldnames != COLUMNS:
+        raise DataError(f"predictions.csv has the columns {reader.fieldnames}, not {COLUMNS}. Run `shardline evaluate` again.")
+    rows = list(reader)
+    uses = Counter(row["key"] for row in rows)
     correct: dict[str, bool] = {}
-    for row in rows:
-        if None in row.values() or row["key"] in correct:
-            raise DataError(
-                f"predictions.csv: line {rows.line_num} is cut short or a repetition. Run `shardline evaluate` again."
-            )
-        correct[row["key"]] = set(row["label"].split(LABEL_SEPARATOR)) == set(row["predicted"].split(LABEL_SEPARATOR))
+    for number, row in enumerate(rows, start=1):
+        key = row["key"] if uses[row["key"]] == 1 else f"{row['key']}#{row['index']}"
+        if None in row.values() or key in correct:
+            raise DataError(f"predictions.csv: row {number} is cut short or a repetition. Run `shardline evaluate` again.")
+        correct[key] = set(row["label"].split(LABEL_SEPARATOR)) == set(row["predicted"].split(LABEL_SEPARATOR))
     if not correct:
         raise DataError("predictions.csv has no rows. Run `shardline evaluate` again.")
     return correct

@@ -251,7 +251,7 @@ def _use(files: RunFiles) -> str:
             "",
             "(`shardline predict` also lays transparent images on a background, scales 16-bit grey ones and pads small ones.)",
             "",
-            f'From MLflow, once it is promoted: `mlflow.onnx.load_model("models:/{files.config.name}@champion")`.',
+            f'From MLflow, once it is promoted: `mlflow.onnx.load_model("models:/{files.config.registered_model}@champion")`.',
         ]
     )
 

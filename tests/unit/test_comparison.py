@@ -105,14 +105,20 @@ def test_of_several_labels_all_must_be_right_in_any_order() -> None:
     assert LABEL_SEPARATOR == task.LABEL_SEPARATOR
 
 
+def test_a_key_that_two_samples_share_is_told_apart_by_the_index_in_any_order() -> None:
+    rows = ["0,a,cat,cat,0.9\n", "7,a,cat,dog,0.9\n", "8,b,cat,cat,0.9\n"]
+    assert read_correct(HEADER + "".join(rows)) == {"a#0": True, "a#7": False, "b": True}
+    assert read_correct(HEADER + "".join(rows[::-1])) == read_correct(HEADER + "".join(rows))
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("", "has the columns None"),
         ("key,label\na,cat\n", "has the columns"),
         (HEADER, "has no rows"),
-        (HEADER + "0,a,cat\n", "line 2 is cut short"),
-        (HEADER + "0,a,cat,cat,0.9\n1,a,cat,cat,0.9\n", "line 3 is cut short or a repetition"),
+        (HEADER + "0,a,cat\n", "row 1 is cut short"),
+        (HEADER + "0,a,cat,cat,0.9\n0,a,cat,cat,0.9\n", "row 2 is cut short or a repetition"),
     ],
 )
 def test_a_table_that_is_not_whole_is_refused(text: str, complaint: str) -> None:
