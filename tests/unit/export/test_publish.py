@@ -35,7 +35,7 @@ class Tracker:
     def log_model(self, entry: dict[str, Any]) -> None:
         self.models.append(json.loads(json.dumps(entry)))
 
-    def log_file(self, path: Path, folder: str) -> None:
+    def log_file(self, path: Path, folder: str = "") -> None:
         self.files.append(f"{folder}/{path.name}")
 
     def finish(self, status: str) -> None:

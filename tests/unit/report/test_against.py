@@ -70,7 +70,7 @@ def test_answers_to_other_samples_are_refused(runs: tuple[Path, Path]) -> None:
 def test_a_damaged_table_is_named_with_its_run(runs: tuple[Path, Path]) -> None:
     path = runs[1] / "evaluation/predictions.csv"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(RunError, match=r"scratch/evaluation: predictions.csv: line 31 is cut short"):
+    with pytest.raises(RunError, match=r"scratch/evaluation: predictions.csv: row 30 is cut short"):
         compare_runs(runs[0], [runs[1]])
 
 
