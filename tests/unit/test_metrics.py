@@ -181,7 +181,7 @@ def test_two_ranks_find_exactly_what_one_does(kind: Kind) -> None:
             sums.add(logits[indices], labels[indices], weights, indices)
 
     def add_other(total: torch.Tensor) -> None:
-        for name in ("counts", "seen", "loss"):
+        for name in ("counts", "samples", "loss"):
             if total is getattr(first, name):
                 total += getattr(second, name)
 
