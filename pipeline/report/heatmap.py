@@ -1,11 +1,12 @@
 """A picture of numbers from 0 to 1: a row for each image, a column for each moment; marks say what was wrong."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from pipeline.report.drawing import font, shorten, to_png
 
 CELL, THUMBNAIL, NAME_PIXELS, HEAD_PIXELS = 20, 40, 96, 20
 MAX_COLUMNS = 48
@@ -18,31 +19,33 @@ def draw_heatmap(
     values: Sequence[Sequence[float]],
     marks: Sequence[Sequence[str]],
     heads: Sequence[str],
+    title: str = "",
 ) -> bytes:
     """A PNG. Images (N, H, W, 3) with their names; `values[column][row]`, `marks[column][row]`, and a head over each column.
 
-    Of more columns than fit, the first and last and some between are drawn.
+    Of more columns than fit, the first and last and some between are drawn. A title takes a line of its own.
     """
     shown = sorted({round(place) for place in np.linspace(0, len(values) - 1, min(len(values), MAX_COLUMNS))})
     left = THUMBNAIL + NAME_PIXELS
-    sheet = Image.new("RGB", (left + len(shown) * CELL + 4, HEAD_PIXELS + len(images) * THUMBNAIL), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    small, above = font(11), 2 * HEAD_PIXELS if title else HEAD_PIXELS
+    width = max(left + len(shown) * CELL, int(small.getlength(title))) + 4
+    sheet = Image.new("RGB", (width, above + len(images) * THUMBNAIL), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((2, 4), title, fill="black", font=small)
     for row, (pixels, name) in enumerate(zip(images, names, strict=True)):
-        top = HEAD_PIXELS + row * THUMBNAIL
+        top = above + row * THUMBNAIL
         sheet.paste(Image.fromarray(pixels).resize((THUMBNAIL - 2, THUMBNAIL - 2)), (0, top))
-        draw.text((THUMBNAIL + 2, top + THUMBNAIL // 3), name[:14], fill="black", font=font)
+        draw.text((THUMBNAIL + 2, top + THUMBNAIL // 3), shorten(name, small, NAME_PIXELS - 4), fill="black", font=small)
         for place, column in enumerate(shown):
             x = left + place * CELL
             draw.rectangle((x, top, x + CELL - 2, top + THUMBNAIL - 3), fill=_colour(values[column][row]))
-            draw.text((x + 2, top + THUMBNAIL // 3), marks[column][row][:3], fill="black", font=font)
+            draw.text((x + 2, top + THUMBNAIL // 3), marks[column][row][:3], fill="black", font=small)
     last = -2
     for place, column in enumerate(shown):
         if place - last >= 2:  # a head may be wider than its cell
-            draw.text((left + place * CELL, 4), heads[column], fill="black", font=font)
+            draw.text((left + place * CELL, above - 16), heads[column], fill="black", font=small)
             last = place
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
+    return to_png(sheet)
 
 
 def _colour(value: float) -> tuple[int, int, int]:

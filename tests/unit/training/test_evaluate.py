@@ -3,6 +3,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,18 @@ class Tracker:
     def __init__(self) -> None:
         self.figures: dict[str, float] = {}
         self.files: list[str] = []
+        self.tags: dict[str, str] = {}
+        self.tables: dict[str, dict[str, list[Any]]] = {}
 
-    def log_final(self, metrics: dict[str, float], headline: str = "") -> None:
+    def log_final(self, metrics: dict[str, float]) -> None:
         self.figures |= metrics
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        self.tags |= tags
+
+    def log_table(self, name: str, columns: dict[str, list[Any]], images: list[str]) -> None:
+        assert images == ["image"]
+        self.tables[name] = columns
 
     def log_file(self, path: Path, folder: str = "") -> None:
         self.files.append(f"{folder}/{path.name}")
@@ -42,7 +52,7 @@ class Tracker:
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     """One process without DDP, and nobody to tell."""
     found = Tracker()
-    monkeypatch.setattr(evaluate_module, "open_tracker", lambda config, record: found)
+    monkeypatch.setattr(evaluate_module, "open_tracker", lambda config, record, status: found)
     monkeypatch.setattr(evaluate_module, "build_trainer", lambda config, callbacks: make_trainer(config, *callbacks))
     return found
 
@@ -79,6 +89,9 @@ def test_an_evaluation_leaves_its_figures_and_every_prediction(
         "ece",
         "baselines",
         "recall",
+        "per_class",
+        "reliability",
+        "confusion",
         "data_digest",
         "checkpoint_sha256",
     ]
@@ -94,7 +107,13 @@ def test_an_evaluation_leaves_its_figures_and_every_prediction(
         assert recall == sum(of_class) / 4
     names = ("accuracy", "loss", "macro_f1", "auroc", "average_precision", "ece")
     assert tracker.figures == {f"test/{name}": result[name] for name in names}
-    assert tracker.files == ["evaluation/test.json", "evaluation/predictions.csv"]
+    assert tracker.files == [
+        "evaluation/test.json",
+        "evaluation/predictions.csv",
+        "plots/confusion_matrix.png",
+        "plots/reliability.png",
+        "tables/per_class.csv",
+    ]
     saved = RunRecord.require(tiny_config.run_dir)
     assert saved.stage_is_done("evaluate", saved.inputs_of("evaluate", tiny_config, "test"))
 
