@@ -107,7 +107,7 @@ class EvaluationSums:
         words = num_words(self.num_labels)
         self.samples = torch.zeros(2 + 2 * words, num_samples, dtype=torch.int32, device=device)
         self.seen, self.answered = self.samples[0], self.samples[1]
-        self.label_words, self.answer_words = self.samples[2:].split(words)
+        self.label_words, self.answer_words = self.samples[2:].chunk(2)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> None:

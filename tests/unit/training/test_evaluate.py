@@ -3,7 +3,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,39 +18,13 @@ from pipeline.training import evaluate as evaluate_module
 from pipeline.training.checkpoint import identity_of
 from pipeline.training.classifier import Classifier
 from pipeline.training.evaluate import PREDICTIONS, RESULT, evaluate
-from tests.unit.training.conftest import make_trainer
-
-
-class Tracker:
-    """Stands where MLflow would be told."""
-
-    def __init__(self) -> None:
-        self.figures: dict[str, float] = {}
-        self.files: list[str] = []
-        self.tags: dict[str, str] = {}
-        self.tables: dict[str, dict[str, list[Any]]] = {}
-
-    def log_final(self, metrics: dict[str, float]) -> None:
-        self.figures |= metrics
-
-    def set_tags(self, tags: dict[str, str]) -> None:
-        self.tags |= tags
-
-    def log_table(self, name: str, columns: dict[str, list[Any]], images: list[str]) -> None:
-        assert images == ["image"]
-        self.tables[name] = columns
-
-    def log_file(self, path: Path, folder: str = "") -> None:
-        self.files.append(f"{folder}/{path.name}")
-
-    def finish(self) -> None:
-        pass
+from tests.unit.training.conftest import Listener, make_trainer
 
 
 @pytest.fixture
-def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
+def tracker(monkeypatch: pytest.MonkeyPatch) -> Listener:
     """One process without DDP, and nobody to tell."""
-    found = Tracker()
+    found = Listener()
     monkeypatch.setattr(evaluate_module, "open_tracker", lambda config, record, status: found)
     monkeypatch.setattr(evaluate_module, "build_trainer", lambda config, callbacks: make_trainer(config, *callbacks))
     return found
@@ -70,7 +43,7 @@ def finish_training(config: Config, manifest: DatasetManifest, module: Classifie
 
 
 def test_an_evaluation_leaves_its_figures_and_every_prediction(
-    tiny_config: Config, tiny_dataset: DatasetManifest, make_classifier: Callable[[Config], Classifier], tracker: Tracker
+    tiny_config: Config, tiny_dataset: DatasetManifest, make_classifier: Callable[[Config], Classifier], tracker: Listener
 ) -> None:
     record = finish_training(tiny_config, tiny_dataset, make_classifier(tiny_config))
     evaluate(tiny_config)
@@ -107,7 +80,7 @@ def test_an_evaluation_leaves_its_figures_and_every_prediction(
         assert recall == sum(of_class) / 4
     names = ("accuracy", "loss", "macro_f1", "auroc", "average_precision", "ece")
     assert tracker.figures == {f"test/{name}": result[name] for name in names}
-    assert tracker.files == [
+    assert tracker.kept == [
         "evaluation/test.json",
         "evaluation/predictions.csv",
         "plots/confusion_matrix.png",
@@ -122,7 +95,7 @@ def test_without_a_test_split_the_final_figures_stay_off_the_training_curves(
     tiny_config: Config,
     tiny_source: Path,
     make_classifier: Callable[[Config], Classifier],
-    tracker: Tracker,
+    tracker: Listener,
     tmp_path: Path,
 ) -> None:
     dataset = dataclasses.replace(tiny_config.dataset, test_fraction=0.0, path=str(tmp_path / "no-test"))
