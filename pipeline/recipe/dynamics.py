@@ -30,6 +30,7 @@ from pipeline.report.heatmap import draw_heatmap
 from pipeline.tracking.run import RunTracker
 
 PICTURE, FIGURES = Path("dynamics.png"), Path("dynamics.json")
+COLOURS = "right answer's probability: blue 1, orange 0;\nnumber: class given instead"
 NUM_WATCHED = 24
 NUM_JUDGED = 512  # of each split, for the gap at the end
 JUDGED_AT_ONCE = 64
@@ -172,7 +173,7 @@ class Dynamics(L.Callback):
             [point["right_probability"] for point in self.points],
             [[_mark(point, row, labels) for row in range(len(labels))] for point in self.points],
             [str(point["epoch"]) for point in self.points],
-            f"{len(labels)} validation images by epoch. Probability of the right answer: green 1, red 0. Number: wrong answer",
+            f"The same {len(labels)} validation images by epoch\n{COLOURS}",
         )
         write_bytes(self.config.run_dir / PICTURE, picture)
         return picture

@@ -78,13 +78,9 @@ class StepTimes(L.Callback):
         times = dict(zip((50, 90, 99), np.percentile(self.seconds, (50, 90, 99)) * 1000, strict=True))
         figures = {**rates, **{f"step_ms_p{number}": float(value) for number, value in times.items()}}
         self.tracker.log_final({f"perf/{name}": value for name, value in figures.items()})
+        wait = rates["data_wait_share"]
+        advice = f": try a higher `data.num_workers` (now {self.config.data.num_workers})" if wait > MUCH_WAITING else ""
         say(
             f"{rates['images_per_second']:,.0f} images/s, a step {times[50]:.1f} ms (99 % under {times[99]:.1f}), "
-            f"{rates['data_wait_share']:.0%} of the time waiting for data{self._advice(rates['data_wait_share'])}"
+            f"{wait:.0%} of the time waiting for data{advice}"
         )
-
-    def _advice(self, wait_share: float) -> str:
-        if wait_share < MUCH_WAITING:
-            return ""
-        workers = self.config.data.num_workers
-        return f": try more loader processes (`data.num_workers`, now {workers}), or images nearer to the size of the crop"
