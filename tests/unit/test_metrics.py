@@ -207,7 +207,7 @@ def test_the_answer_to_each_sample_is_kept(kind: Kind) -> None:
     task, logits, labels = sample(kind, 30, 2 if kind == "binary" else 37)
     sums = EvaluationSums(task, 33, CPU)
     rows = torch.randperm(30, generator=torch.Generator().manual_seed(3))
-    for part in rows.split(7):
+    for part in torch.split(rows, 7):
         count(sums, logits, labels, part.tolist())
     sums.add_bad(torch.tensor([30, 31, 32]))
     sums.reduce()
@@ -318,13 +318,16 @@ def test_a_gpu_counts_as_the_cpu_does_where_only_deterministic_operations_are_al
     indices, weights = torch.randperm(64), torch.ones(64)
     torch.use_deterministic_algorithms(True)
     try:
-        found = []
+        found, answers = [], []
         for device in (CPU, torch.device("cuda")):
             sums = EvaluationSums(task, 64, device)
             sums.add(logits.to(device), labels.to(device), weights.to(device), indices.to(device))
             found.append(sums.reduce())
+            answers.append(sums.answers())
     finally:
         torch.use_deterministic_algorithms(False)
+    for name in ("index", "label", "predicted"):
+        assert torch.equal(getattr(answers[0], name), getattr(answers[1], name)), name
     assert (found[0].accuracy, found[0].recall, found[0].macro_f1) == (found[1].accuracy, found[1].recall, found[1].macro_f1)
     for name in ("loss", "auroc", "average_precision", "ece"):  # float32 logarithms of two libraries
         assert getattr(found[0], name) == pytest.approx(getattr(found[1], name), rel=1e-4)
