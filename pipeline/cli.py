@@ -430,9 +430,10 @@ def train(argv: list[str]) -> int:
 
 def _settle(config: Config, code: int) -> dict[str, str]:
     """What is still local of a run whose ranks have ended; it is waited for only where they ended well."""
-    from pipeline.tracking.run import SETTLE_SECONDS, settle
+    from pipeline.tracking.deliver import LONGEST_DRAIN_SECONDS
+    from pipeline.tracking.run import settle
 
-    local = settle(config, RunRecord.load(config.run_dir), 0.0 if code else SETTLE_SECONDS)
+    local = settle(config, RunRecord.load(config.run_dir), 0.0 if code else LONGEST_DRAIN_SECONDS)
     if code and local:
         print("; ".join(f"{name}: {what}" for name, what in local.items()), file=sys.stderr)
     return local
