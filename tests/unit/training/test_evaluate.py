@@ -89,6 +89,8 @@ def test_an_evaluation_leaves_its_figures_and_every_prediction(
         "plots/confusion_matrix.png",
         "plots/reliability.png",
         "tables/per_class.csv",
+        "report.html",
+        "model_card.md",
     ]
     saved = RunRecord.require(tiny_config.run_dir)
     assert saved.stage_is_done("evaluate", saved.inputs_of("evaluate", tiny_config, "test"))
