@@ -108,13 +108,16 @@ def test_every_contract_names_the_same_data_and_checkpoint(workspace: Path, chai
 def test_mlflow_holds_one_finished_run_with_curves_and_final_figures(workspace: Path, chain: dict[str, str]) -> None:
     run_id = read_json(workspace / "runs/digits/run.json")["mlflow"]["run_id"]
     with sqlite3.connect(workspace / "runs/mlflow.db") as database:
-        runs = database.execute("SELECT run_uuid, status FROM runs WHERE name = 'digits'").fetchall()
+        runs = database.execute("SELECT run_uuid, status FROM runs WHERE name LIKE '% digits'").fetchall()
         points = database.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", (run_id,)).fetchall()
     assert runs == [(run_id, "FINISHED")]
     assert len(points) == len(set(points)), "a (metric, step) was written twice"
     keys = {key for key, _ in points}
     assert {"train/loss", "train/learning_rate", "val/accuracy", "val/recall/7", "test/accuracy", "onnx/top1_agreement"} <= keys
-    assert (workspace / f"runs/mlartifacts/{run_id}/artifacts/export/model.onnx").is_file()
+    (model,) = (workspace / "runs/mlartifacts/models").glob("*/artifacts/model.onnx")
+    assert model.read_bytes() == (workspace / MODEL).read_bytes()
+    kept = {path.name for path in (workspace / f"runs/mlartifacts/{run_id}/artifacts").iterdir()}
+    assert {"report.html", "model_card.md"} <= kept
 
 
 def test_a_second_time_nothing_is_done(workspace: Path, chain: dict[str, str]) -> None:
