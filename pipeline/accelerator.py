@@ -22,6 +22,12 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def names() -> list[str]:
+    """The GPUs of this machine in words: `8 x NVIDIA H100`."""
+    found = [torch.cuda.get_device_name(number) for number in range(num_gpus())]
+    return [f"{found.count(name)} x {name}" for name in dict.fromkeys(found)]
+
+
 def kind() -> Kind:
     """What the networks run on."""
     return "cuda" if num_gpus() else "cpu"

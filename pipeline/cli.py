@@ -363,25 +363,26 @@ def check(argv: list[str]) -> int:
             return _up_to_date("check", config.run_dir / "check")
         from pipeline.recipe.gate import OUTPUTS, left_out, require_green, run_checks
         from pipeline.recipe.page import PAGE
-        from pipeline.tracking.run import open_tracker
+        from pipeline.tracking.run import open_tracker, settle
         from pipeline.training.preflight import require_trainable
 
         without = left_out(config.check.skip, only)
         require_trainable(config, manifest, world_size=1)
         record, spec = open_run(config, manifest)
         _show_network(config, manifest)
-        tracker = open_tracker(config, record)
+        tracker = open_tracker(config, record, status=None, manifest=manifest)
         try:
             verdicts = run_checks(config, manifest, spec, without, tracker)
         finally:
             tracker.leave(record.outcome)
+            local = settle(config, record)
         require_green(verdicts)
         if not only:
             outputs = [config.run_dir / path for path in OUTPUTS]
             record.finish_stage("check", record.inputs_of("check", config, manifest.evaluation_split), outputs)
     argv = _without_options(argv, CHECK_OPTIONS)
     skipped = [verdict.check for verdict in verdicts if verdict.verdict == "skipped"]
-    facts = {"page": str(config.run_dir / PAGE), "skipped": ", ".join(skipped) or "none"}
+    facts = {"page": str(config.run_dir / PAGE), "skipped": ", ".join(skipped) or "none", **local}
     closing_box("these checks are green" if only else "all checks green", facts, _next("check" if only else "train", argv))
     return 0
 
@@ -409,7 +410,10 @@ def train(argv: list[str]) -> int:
         if launch.is_first_node():
             _show_network(config, manifest)
         code = launch.launch(["train", *_without_fresh(argv)], config.run_dir, processes)
-        if code or not launch.is_first_node():
+        if not launch.is_first_node():
+            return code
+        local = _settle(config, code)
+        if code:
             return code
         record, _ = require_run(config, manifest)
     assert record.best is not None
@@ -417,10 +421,21 @@ def train(argv: list[str]) -> int:
         "best": f"{config.run_dir / record.best['path']}  {record.best['monitor']} {record.best['value']:.4f}",
         "steps": f"{record.steps:,} on {record.world_size} processes",
         **_gap_of(config.run_dir),
-        "run": f"{record.mlflow['run_id']} in {record.mlflow['uri']} (look at it with `make ui`)",
+        "run": f"{record.mlflow['run_id'] or 'not made yet'} in {record.mlflow['uri']} (look at it with `make ui`)",
+        **local,
     }
     closing_box("trained", facts, _next_of_train("evaluate", argv))
     return 0
+
+
+def _settle(config: Config, code: int) -> dict[str, str]:
+    """What is still local of a run whose ranks have ended; it is waited for only where they ended well."""
+    from pipeline.tracking.run import SETTLE_SECONDS, settle
+
+    local = settle(config, RunRecord.load(config.run_dir), 0.0 if code else SETTLE_SECONDS)
+    if code and local:
+        print("; ".join(f"{name}: {what}" for name, what in local.items()), file=sys.stderr)
+    return local
 
 
 def _gap_of(run_dir: Path) -> dict[str, str]:
@@ -468,8 +483,9 @@ def evaluate(argv: list[str]) -> int:
         processes = launch.processes_here()
         require_trainable(config, manifest, processes * launch.num_nodes())
         code = launch.launch(["evaluate", *argv], config.run_dir, processes)
+        local = _settle(config, code) if launch.is_first_node() else {}
     if code == 0 and launch.is_first_node():
-        _show_result(config.run_dir, _next("export", argv))
+        _show_result(config.run_dir, local, _next("export", argv))
     return code
 
 
@@ -479,7 +495,7 @@ def _evaluate_rank(config: Config) -> None:
     evaluate_rank(config)
 
 
-def _show_result(run_dir: Path, next_command: str) -> None:
+def _show_result(run_dir: Path, local: dict[str, str], next_command: str) -> None:
     import json
 
     path = run_dir / "evaluation" / "test.json"
@@ -494,6 +510,7 @@ def _show_result(run_dir: Path, next_command: str) -> None:
         "hardest": ", ".join(f"{name} (recall {recall:.3f})" for recall, name in worst),
         **_beside_baselines(result["baselines"]),
         "in": str(path),
+        **local,
     }
     closing_box("evaluated", facts, next_command)
 
@@ -526,12 +543,14 @@ def export(argv: list[str]) -> int:
         from pipeline.export.publish import export as export_model
 
         parity = export_model(config, manifest, spec, record)
+        local = _settle(config, 0)
     model_path = config.run_dir / MODEL
     worst = max(case.max_abs for case in parity.cases)
     agreement = f"top-1 agreement {parity.top1_agreement:.4f} on {parity.num_samples:,} images"
     facts = {
         "model": f"{model_path}  {model_path.stat().st_size / 1e6:.2f} MB, opset {config.export.opset}",
         "parity": f"{agreement}, largest difference {worst:.0e}",
+        **local,
     }
     closing_box("model published", facts, f"shardline predict {model_path} IMAGE...")
     return 0
@@ -588,6 +607,30 @@ def _next_of_train(verb: str, argv: list[str]) -> str:
 
 def _next(verb: str, argv: list[str]) -> str:
     return shlex.join(["shardline", verb, *_without_fresh(argv)])
+
+
+# ---- the run in MLflow ----
+
+
+def sync(argv: list[str]) -> int:
+    """Deliver to MLflow what a run could not while its server was away."""
+    parser = _parser(sync, settings=False)
+    parser.add_argument("run", help="run folder, for example runs/digits")
+    parser.add_argument("--uri", default="", help="tracking server; default: the run's own")
+    options = parse_arguments(parser, argv)
+    run_dir = Path(options.run)
+    record = RunRecord.require(run_dir)
+    config = load_config(run_dir / CONFIG_NAME)
+    tracking = dataclasses.replace(config.tracking, uri=options.uri or config.tracking.uri)
+    from pipeline.tracking.deliver import deliver_now
+    from pipeline.tracking.run import run_in
+    from pipeline.tracking.server import server_of
+
+    place = deliver_now(run_dir, server_of(dataclasses.replace(config, tracking=tracking)))
+    record.mlflow = run_in(place)
+    record.save()
+    closing_box("delivered", {"run": f"{place.run_id} in {place.uri}", "experiment": place.experiment})
+    return 0
 
 
 # ---- the machines ----
@@ -737,6 +780,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "export": export,
     "replay": replay,
+    "sync": sync,
     "predict": predict,
     "doctor": doctor,
     "bench": bench,

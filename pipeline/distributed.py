@@ -72,6 +72,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """Number of this process among the ranks of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def world_size() -> int:
     """Number of ranks; 1 outside of them."""
     return int(os.environ.get("WORLD_SIZE", "1"))

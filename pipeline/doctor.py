@@ -90,7 +90,7 @@ NO_DATA_SET = Finding("skipped", "no data set to tell from")
 def examine(config: Config) -> None:
     """Examine as one rank. Raises GateError on rank 0 when something is red."""
     patient = _patient_of(config)
-    is_first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    is_first_here = distributed.local_rank() == 0
     findings = [_look(check, patient) for check in MACHINE_CHECKS] if is_first_here else []
     try:
         distributed.join_group(timedelta(seconds=RENDEZVOUS_SECONDS))
@@ -299,12 +299,12 @@ MACHINE_CHECKS: tuple[Check, ...] = (
 def _mlflow(patient: Patient) -> Finding:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    from pipeline.tracking.run import open_client, tracking_uri
+    from pipeline.tracking.server import server_of
 
-    uri = tracking_uri(patient.config)
+    server = server_of(patient.config)
     began = time.monotonic()
-    number = len(open_client(patient.config).search_experiments())
-    return Finding("green", f"{uri}: {number} experiments, answered in {time.monotonic() - began:.1f} s")
+    number = len(server.client().search_experiments())
+    return Finding("green", f"{server.uri}: {number} experiments, answered in {time.monotonic() - began:.1f} s")
 
 
 # ---- what all ranks look at together ----

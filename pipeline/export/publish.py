@@ -78,7 +78,7 @@ def _metadata(manifest: DatasetManifest, task: Task, spec: PreprocessSpec, recor
 
 
 def _log(config: Config, record: RunRecord, parity: Parity, num_bytes: int) -> None:
-    tracker = open_tracker(config, record)
+    tracker = open_tracker(config, record, status=None)
     worst = max(case.max_abs for case in parity.cases)
     figures = {
         "onnx/top1_agreement": parity.top1_agreement,

@@ -76,3 +76,11 @@ def last_steps(path: Path) -> dict[str, int]:
         for key, _, _, step in entry.get("points", ()):
             steps[key] = max(step, steps.get(key, -1))
     return steps
+
+
+def final_figures(path: Path) -> dict[str, float]:
+    """The figures without a step in a journal of points."""
+    figures: dict[str, float] = {}
+    for entry, _ in read_entries(path):
+        figures |= {key: value for key, value, _, _ in entry.get("final", ())}
+    return figures

@@ -14,30 +14,37 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from pipeline.config import Config
 from pipeline.console import say
-from pipeline.files import write_bytes
+from pipeline.errors import RunError
+from pipeline.files import locked, write_bytes
+from pipeline.manifest import DatasetManifest
 from pipeline.run import Outcome, RunRecord
-from pipeline.tracking.journal import FILES, FOLDER, POINTS, Entry, Journal, last_steps, read_entries
-from pipeline.tracking.provenance import describe_run
-from pipeline.tracking.server import Server, place_of, server_of
+from pipeline.tracking.deliver import REFUSED, left_over
+from pipeline.tracking.journal import FILES, FOLDER, POINTS, Entry, Journal, final_figures, last_steps, read_entries
+from pipeline.tracking.provenance import describe_dataset, describe_run
+from pipeline.tracking.server import Place, Server, place_of, server_of
 
 Status = Literal["RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED"]
 STATUS: dict[Outcome, Status] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 # MLflow takes letters of any script, digits and these.
 _NOT_IN_KEYS = re.compile(r"[^\w.\- :/]")
 SECONDS_BETWEEN_LOOKS = 5.0
+# A little longer than the process that delivers takes at most, with a call that hangs.
+SETTLE_SECONDS = 95.0
 
 
 class RunTracker:
     """Writes down what belongs to one MLflow run. `train/*` and `val/*` go by global step, final figures without one."""
 
-    def __init__(self, run_dir: Path, server: Server) -> None:
-        self.run_dir, self.server = run_dir, server
+    def __init__(self, run_dir: Path, server: Server, *, sample: bool = False) -> None:
+        self.run_dir, self.server, self.sample = run_dir, server, sample
         self.points = Journal(run_dir / FOLDER / POINTS)
         self.files = Journal(run_dir / FOLDER / FILES)
         self._last_step = last_steps(self.points.path)
-        self._final = _final_figures(self.points.path)
+        self._final = final_figures(self.points.path)
         self._images = {(entry["key"], entry["step"]) for entry, _ in read_entries(self.files.path) if "key" in entry}
         self._deliverer: subprocess.Popen[bytes] | None = None
         self._looked_at = 0.0
@@ -84,7 +91,7 @@ class RunTracker:
         self._add(self.files, {"image": str(path), "key": key, "step": step, "time": int(time.time() * 1000)})
 
     def log_table(self, name: str, columns: dict[str, list[Any]], images: list[str]) -> None:
-        """Keep a table as the artifact `name` (.json); the columns `images` hold paths of pictures, relative to the run folder."""
+        """Keep a table as the artifact `name` (.json); the columns `images` hold paths of pictures, below the run folder."""
         self._add(self.files, {"table": name, "columns": columns, "images": images})
 
     def log_model(self, entry: Entry) -> None:
@@ -95,9 +102,18 @@ class RunTracker:
         """Have what was said survive a power cut. A checkpoint must come after it: the steps before are not taken again."""
         self._guard(self.points.make_durable)
 
-    def finish(self, status: Status = "FINISHED") -> None:
+    def begin(self, config: Config, record: RunRecord, status: Status | None, inputs: list[Entry]) -> None:
+        """Say what the run is, and how it stands now."""
+        described = describe_run(config, record)
+        settings = described.pop("config")
+        self._add(self.points, {"begin": described, "inputs": inputs})
+        if inputs:
+            self._add(self.files, {"text": yaml.safe_dump(settings, sort_keys=False), "name": "config.yaml"})
+        self._say_status(status)
+
+    def finish(self, status: Status | None = "FINISHED") -> None:
         """Say how the run stands and let go of it; what is not delivered yet goes on being so for a while."""
-        self._add(self.points, {"status": status, "time": int(time.time() * 1000)})
+        self._say_status(status)
         self.flush()
         if self._deliverer is not None:
             assert self._deliverer.stdin is not None
@@ -109,6 +125,10 @@ class RunTracker:
     def leave(self, outcome: Outcome) -> None:
         """Give the run the status that its training has: SCHEDULED where that is still to come."""
         self.finish("SCHEDULED" if outcome == "running" else STATUS[outcome])
+
+    def _say_status(self, status: Status | None) -> None:
+        if status is not None:
+            self._add(self.points, {"status": status, "time": int(time.time() * 1000)})
 
     # ---- never costs a run ----
 
@@ -131,7 +151,9 @@ class RunTracker:
             self.start_delivery()
         trouble = place_of(self.run_dir).trouble
         if trouble:
-            self._say(f"{trouble}. Training goes on; what is to be told lies in {self.run_dir / FOLDER} and is delivered later.")
+            self._say(
+                f"{trouble}. Training goes on; what is to be told lies in {self.run_dir / FOLDER} and is delivered later."
+            )
 
     def _say(self, message: str) -> None:
         if message != self._said:
@@ -141,6 +163,7 @@ class RunTracker:
     def start_delivery(self) -> None:
         """Start the process that delivers; it ends after this one has, or has let go of the run."""
         command = [sys.executable, "-m", "pipeline.tracking.deliver", str(self.run_dir.resolve()), *self.server.arguments()]
+        command += ["--sample"] if self.sample else []
         self._looked_at = time.monotonic()
         try:
             with (self.run_dir / FOLDER / "deliver.log").open("ab") as log:
@@ -151,28 +174,47 @@ class RunTracker:
             self._say(f"the process that delivers to MLflow did not start ({error}); `shardline sync` will deliver.")
 
 
-def open_tracker(config: Config, record: RunRecord, status: Status | None = "RUNNING", inputs: list[Entry] | None = None) -> RunTracker:
+def open_tracker(
+    config: Config, record: RunRecord, status: Status | None = "RUNNING", manifest: DatasetManifest | None = None
+) -> RunTracker:
     """Return the tracker of the record's job; its MLflow run will be found by job_id, or made.
 
     run.json holds the job_id before the run is made, so a kill between the two cannot make a second run. `status` is what the
-    run becomes now, None for what it is; `inputs` are its data sets (see `provenance.describe_dataset`).
+    run becomes now, None for what it is; of `manifest` the run shows the data set. Training alone is RUNNING, and its machine
+    is watched.
     """
-    tracker = RunTracker(config.run_dir, server_of(config))
-    tracker._add(tracker.points, {"begin": describe_run(config, record), "inputs": inputs or []})
-    if status is not None:
-        tracker._add(tracker.points, {"status": status, "time": int(time.time() * 1000)})
+    tracker = RunTracker(config.run_dir, server_of(config), sample=status == "RUNNING")
+    tracker.begin(config, record, status, [] if manifest is None else describe_dataset(manifest))
     tracker.start_delivery()
+    place = place_of(config.run_dir)
+    if place.uri == tracker.server.uri:
+        record.mlflow = run_in(place)
     return tracker
 
 
+def settle(config: Config, record: RunRecord | None, seconds: float = SETTLE_SECONDS) -> dict[str, str]:
+    """Wait until the process that delivers has ended, at most so long; put the MLflow run into run.json.
+
+    Returns what a closing box says of what is still local: nothing when all is delivered.
+    """
+    with contextlib.suppress(RunError), locked(config.run_dir / FOLDER, wait_seconds=seconds):
+        pass
+    place = place_of(config.run_dir)
+    if record is not None and record.mlflow != run_in(place):
+        record.mlflow = run_in(place)
+        record.save()
+    left = left_over(config.run_dir)
+    why = f" ({place.trouble})" if place.trouble else ""
+    facts = {"still local": f"{left}{why}; deliver them with `shardline sync {config.run_dir}`"} if left else {}
+    return facts | ({"refused": f"{place.refused} by MLflow, see {config.run_dir / REFUSED}"} if place.refused else {})
+
+
+def run_in(place: Place) -> dict[str, str | None]:
+    """The MLflow run, as run.json names it."""
+    return {"uri": place.uri or None, "experiment": place.experiment or None, "run_id": place.run_id}
+
+
 def metric_key(name: str) -> str:
-    """A name as MLflow takes it: what it refuses in class names becomes `_`, with a few digits that keep two such names apart."""
+    """A name as MLflow takes it: what it refuses in class names becomes `_`, and a few digits keep two such names apart."""
     key = "/".join("_" if not part.strip(". ") else _NOT_IN_KEYS.sub("_", part) for part in name.split("/"))[:240]
     return key if key == name else f"{key}.{hashlib.sha256(name.encode()).hexdigest()[:4]}"
-
-
-def _final_figures(path: Path) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for entry, _ in read_entries(path):
-        figures |= {key: value for key, value, _, _ in entry.get("final", ())}
-    return figures

@@ -62,11 +62,12 @@ def _save(config: Config, manifest: DatasetManifest, record: RunRecord, metrics:
     write_bytes(config.run_dir / PREDICTIONS, _predictions_table(dataset, manifest.class_names, predictions))
     write_json(config.run_dir / RESULT, result)
     outputs = [config.run_dir / RESULT, config.run_dir / PREDICTIONS]
-    tracker = open_tracker(config, record)
+    tracker = open_tracker(config, record, status=None)
     # A figure without a step would be a point at step 0 of the validation curve.
     prefix = "test" if split == "test" else f"final_{split}"
     figures = {f"{prefix}/{name}": value for name, value in metrics.figures().items()}
-    tracker.log_final(figures, f"**{split} accuracy {metrics.accuracy:.4f}** on {metrics.num_samples:,} images")
+    tracker.log_final(figures)
+    tracker.set_tags({"mlflow.note.content": f"**{split} accuracy {metrics.accuracy:.4f}** on {metrics.num_samples:,} images"})
     for path in outputs:
         tracker.log_file(path, "evaluation")
     tracker.finish()

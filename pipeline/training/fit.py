@@ -31,6 +31,7 @@ from pipeline.recipe.dynamics import Dynamics
 from pipeline.run import RunRecord, open_run
 from pipeline.task import task_of
 from pipeline.tracking.run import RunTracker, open_tracker
+from pipeline.tracking.system import start_sampling
 from pipeline.training.bad_samples import BadSampleLedger
 from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
 from pipeline.training.checkpoint import identity_of, newest_checkpoint, remove_temporary, require_intact
@@ -126,7 +127,8 @@ def fit(config: Config, *, allow_changes: bool = False) -> None:
     distributed.join_group(timedelta(seconds=config.trainer.timeout_seconds))
     manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     if distributed.rank():
-        _fit_rank(config, manifest, None, tracker=None)
+        with watched_machine(config.run_dir):
+            _fit_rank(config, manifest, None, tracker=None)
         return
     # A killed predecessor's rank may take a moment to die; it must not write beside this one.
     with locked(config.run_dir.with_name(f"{config.name}.writer"), wait_seconds=WRITER_WAIT_SECONDS):
@@ -136,9 +138,15 @@ def fit(config: Config, *, allow_changes: bool = False) -> None:
         _fit_recorded(config, manifest, record)
 
 
+def watched_machine(run_dir: Path) -> contextlib.AbstractContextManager[Any]:
+    """The first rank of each further machine has that one's load written down; rank 0's deliverer does so for its own."""
+    is_first_here = distributed.rank() and not distributed.local_rank()
+    return start_sampling(run_dir) if is_first_here else contextlib.nullcontext()
+
+
 def _fit_recorded(config: Config, manifest: DatasetManifest, record: RunRecord) -> None:
     """Rank 0's part: the same training, with its outcome in run.json and MLflow."""
-    tracker = open_tracker(config, record)
+    tracker = open_tracker(config, record, manifest=manifest)
     try:
         steps, writer = _fit_rank(config, manifest, record, tracker)
     except BaseException as error:

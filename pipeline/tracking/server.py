@@ -1,0 +1,132 @@
+"""Where runs are tracked, and what is known of a run there. Only what delivers or asks opens a client; stages never do."""
+
+import json
+import logging
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.files import locked, publish, temporary_name, write_json
+from pipeline.tracking.journal import FOLDER
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASE = "mlflow.db"
+ARTIFACTS = "mlartifacts"
+DATABASE_WAIT_SECONDS = 120.0
+PLACE = FOLDER / "delivered.json"
+# Quiet, without telemetry, and with failures that show after one try: whoever calls has patience of its own. A call may take
+# 10 s on a slow server, and a picture's upload longer.
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+_CREDENTIALS = re.compile(r"(\w+://)[^/@\s]+@")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A tracking server, or a sqlite file with a folder of artifacts, and the experiment in it."""
+
+    uri: str
+    experiment: str
+    artifacts: str | None = None  # folder's URI, for a new experiment in the sqlite file
+
+    def arguments(self) -> list[str]:
+        """The words of a command line that `from_arguments` reads."""
+        return [self.uri, self.experiment, self.artifacts or ""]
+
+    @classmethod
+    def from_arguments(cls, words: list[str]) -> Self:
+        """A server from the words of a command line."""
+        uri, experiment, artifacts = words
+        return cls(uri, experiment, artifacts or None)
+
+    def client(self) -> "MlflowClient":
+        """MLflow's client. Makes the sqlite file where there is none."""
+        quieten()
+        from mlflow import MlflowClient
+
+        _say_only_warnings()  # importing mlflow sets them back
+        if self.artifacts is not None:
+            _make_database(Path(self.uri.removeprefix("sqlite:///")))
+        return MlflowClient(self.uri)
+
+
+@dataclass
+class Place:
+    """RUN/tracking/delivered.json: where the run is in MLflow, what of its journals is there, and what keeps the rest."""
+
+    uri: str = ""
+    experiment: str = ""
+    experiment_id: str | None = None
+    run_id: str | None = None
+    delivered: dict[str, int] = field(default_factory=dict)  # bytes of each journal
+    trouble: str = ""
+    refused: int = 0  # entries that the server will never take
+
+    def save(self, run_dir: Path) -> None:
+        """Write it, whole or not at all."""
+        write_json(run_dir / PLACE, asdict(self))
+
+
+def place_of(run_dir: Path) -> Place:
+    """What is known of a run's delivery; nothing yet where there is no file."""
+    path = run_dir / PLACE
+    return Place(**json.loads(path.read_text())) if path.is_file() else Place()
+
+
+def server_of(config: Config) -> Server:
+    """The configured server, or a sqlite file in the runs folder. Raises ConfigError for credentials in an address."""
+    uri = config.tracking.uri
+    if _CREDENTIALS.search(uri):
+        raise ConfigError(
+            "`tracking.uri` holds a name or a password, which would end up in files of the run. Leave them out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment."
+        )
+    if uri:
+        return Server(uri, config.tracking.experiment)
+    runs_dir = Path(config.runs_dir).resolve()
+    return Server(f"sqlite:///{runs_dir / DATABASE}", config.tracking.experiment, (runs_dir / ARTIFACTS).as_uri())
+
+
+def without_credentials(text: str) -> str:
+    """`text` with the names and passwords of its addresses taken out."""
+    return _CREDENTIALS.sub(r"\1***@", text)
+
+
+def quieten() -> None:
+    """Set what MLflow should know before it is imported; what the environment says already stays."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    _say_only_warnings()
+
+
+def _say_only_warnings() -> None:
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+
+def _make_database(path: Path) -> None:
+    """See to it that MLflow's sqlite file is there, whole: making it takes seconds, and what a kill left half-made stays so."""
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path, wait_seconds=DATABASE_WAIT_SECONDS):
+        if path.exists():
+            return
+        temporary = temporary_name(path)
+        for left_over in path.parent.glob(f"{temporary.name}*"):
+            left_over.unlink()
+        MlflowClient(f"sqlite:///{temporary.resolve()}").search_experiments()
+        publish(temporary, path)
