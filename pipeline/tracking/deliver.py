@@ -28,6 +28,8 @@ SECONDS_BETWEEN_ROUNDS = 1.0
 DRAIN_SECONDS = 60.0
 DRAIN_FAILURES = 2
 LONGEST_PAUSE_SECONDS = 60.0
+# How long a process that delivers may take to start.
+APPEAR_SECONDS = 15.0
 LOCK_WAIT_SECONDS = 24 * 3600.0
 MOST_POINTS = 1000  # that MLflow takes in a call
 REFUSED = FOLDER / "refused.jsonl"
@@ -213,6 +215,27 @@ def left_over(run_dir: Path) -> str:
     return ", ".join(f"{number:,} {what}" for what, number in counts.items() if number)
 
 
+def size_of(run_dir: Path) -> int:
+    """Bytes in the journal of points."""
+    path = run_dir / FOLDER / POINTS
+    return path.stat().st_size if path.is_file() else 0
+
+
+def wait_for_delivery(run_dir: Path, seconds: float) -> None:
+    """Wait until everything is delivered, or the process that delivers has ended or never came, at most so long."""
+    deadline = time.monotonic() + seconds
+    seen = time.monotonic()
+    while left_over(run_dir) and time.monotonic() < min(deadline, seen + APPEAR_SECONDS):
+        if place_of(run_dir).ended_at >= size_of(run_dir):
+            return
+        try:
+            with locked(run_dir / FOLDER):
+                pass  # nobody is at work, or not yet
+        except RunError:
+            seen = time.monotonic()
+        time.sleep(0.1)
+
+
 def deliver_now(run_dir: Path, server: Server) -> Place:
     """Deliver everything that is still local. Raises RunError when a job is at work there, or the server does not take it."""
     with locked(run_dir / FOLDER):
@@ -241,6 +264,8 @@ def deliver(run_dir: Path, server: Server, *, sample: bool) -> None:
                 delivery.show_start()
         _drain(delivery)
         delivery.show_end()
+        delivery.place.ended_at = size_of(held)
+        delivery.place.save(held)
 
 
 def _drain(delivery: Delivery) -> None:

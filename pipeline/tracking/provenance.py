@@ -61,7 +61,8 @@ def parameters(config: Config) -> dict[str, str]:
         value, default = operator.attrgetter(key)(config), operator.attrgetter(key)(plain)
         chosen = key.startswith(SECTIONS) and item.metadata["identity"] and value != default
         if key in COMPARED or chosen:
-            found[key] = without_credentials(str(value))[:VALUE_LENGTH]
+            values = {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+            found |= {name: without_credentials(str(each))[:VALUE_LENGTH] for name, each in values.items()}
     return found
 
 

@@ -18,11 +18,10 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.console import say
-from pipeline.errors import RunError
-from pipeline.files import locked, write_bytes
+from pipeline.files import write_bytes
 from pipeline.manifest import DatasetManifest
 from pipeline.run import Outcome, RunRecord
-from pipeline.tracking.deliver import REFUSED, left_over
+from pipeline.tracking.deliver import REFUSED, left_over, wait_for_delivery
 from pipeline.tracking.journal import FILES, FOLDER, POINTS, Entry, Journal, final_figures, last_steps, read_entries
 from pipeline.tracking.provenance import describe_dataset, describe_run
 from pipeline.tracking.server import Place, Server, place_of, server_of
@@ -41,11 +40,11 @@ class RunTracker:
 
     def __init__(self, run_dir: Path, server: Server, *, sample: bool = False) -> None:
         self.run_dir, self.server, self.sample = run_dir, server, sample
-        self.points = Journal(run_dir / FOLDER / POINTS)
-        self.files = Journal(run_dir / FOLDER / FILES)
-        self._last_step = last_steps(self.points.path)
-        self._final = final_figures(self.points.path)
-        self._images = {(entry["key"], entry["step"]) for entry, _ in read_entries(self.files.path) if "key" in entry}
+        self._points = Journal(run_dir / FOLDER / POINTS)
+        self._files = Journal(run_dir / FOLDER / FILES)
+        self._last_step = last_steps(self._points.path)
+        self._final = final_figures(self._points.path)
+        self._images = {(entry["key"], entry["step"]) for entry, _ in read_entries(self._files.path) if "key" in entry}
         self._deliverer: subprocess.Popen[bytes] | None = None
         self._looked_at = 0.0
         self._said = ""
@@ -60,7 +59,7 @@ class RunTracker:
                 self._last_step[key] = step
                 points.append([key, value, now, step])
         if points:
-            self._add(self.points, {"points": points})
+            self._add(self._points, {"points": points})
         self._look_after_delivery()
 
     def log_final(self, metrics: dict[str, float]) -> None:
@@ -70,15 +69,15 @@ class RunTracker:
         self._final |= new
         if new:
             now = int(time.time() * 1000)
-            self._add(self.points, {"final": [[key, value, now, 0] for key, value in new.items()]})
+            self._add(self._points, {"final": [[key, value, now, 0] for key, value in new.items()]})
 
     def set_tags(self, tags: dict[str, str]) -> None:
         """Set tags of the run; `mlflow.runName` and `mlflow.note.content` are its name and description."""
-        self._add(self.points, {"tags": tags})
+        self._add(self._points, {"tags": tags})
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """Keep a file of the run folder as an artifact, as it will be when it is delivered."""
-        self._add(self.files, {"file": str(path.relative_to(self.run_dir)), "folder": folder})
+        self._add(self._files, {"file": str(path.relative_to(self.run_dir)), "folder": folder})
 
     def log_image(self, key: str, png: bytes, step: int) -> None:
         """Add a picture (the bytes of a PNG) to the pictures `key`, which MLflow shows by step; each (key, step) once."""
@@ -88,27 +87,27 @@ class RunTracker:
         self._images.add((key, step))
         path = FOLDER / "images" / f"{key.replace('/', '-')}-{step}.png"
         self._guard(lambda: write_bytes(self.run_dir / path, png))
-        self._add(self.files, {"image": str(path), "key": key, "step": step, "time": int(time.time() * 1000)})
+        self._add(self._files, {"image": str(path), "key": key, "step": step, "time": int(time.time() * 1000)})
 
     def log_table(self, name: str, columns: dict[str, list[Any]], images: list[str]) -> None:
         """Keep a table as the artifact `name` (.json); the columns `images` hold paths of pictures, below the run folder."""
-        self._add(self.files, {"table": name, "columns": columns, "images": images})
+        self._add(self._files, {"table": name, "columns": columns, "images": images})
 
     def log_model(self, entry: Entry) -> None:
         """Log the model that `entry` describes (see `registry.register_model`), and register it."""
-        self._add(self.files, {"model": entry})
+        self._add(self._files, {"model": entry})
 
     def flush(self) -> None:
         """Have what was said survive a power cut. A checkpoint must come after it: the steps before are not taken again."""
-        self._guard(self.points.make_durable)
+        self._guard(self._points.make_durable)
 
     def begin(self, config: Config, record: RunRecord, status: Status | None, inputs: list[Entry]) -> None:
         """Say what the run is, and how it stands now."""
         described = describe_run(config, record)
         settings = described.pop("config")
-        self._add(self.points, {"begin": described, "inputs": inputs})
+        self._add(self._points, {"begin": described, "inputs": inputs})
         if inputs:
-            self._add(self.files, {"text": yaml.safe_dump(settings, sort_keys=False), "name": "config.yaml"})
+            self._add(self._files, {"text": yaml.safe_dump(settings, sort_keys=False), "name": "config.yaml"})
         self._say_status(status)
 
     def finish(self, status: Status | None = "FINISHED") -> None:
@@ -119,8 +118,8 @@ class RunTracker:
             assert self._deliverer.stdin is not None
             with contextlib.suppress(OSError):
                 self._deliverer.stdin.close()
-        self.points.close()
-        self.files.close()
+        self._points.close()
+        self._files.close()
 
     def leave(self, outcome: Outcome) -> None:
         """Give the run the status that its training has: SCHEDULED where that is still to come."""
@@ -128,7 +127,7 @@ class RunTracker:
 
     def _say_status(self, status: Status | None) -> None:
         if status is not None:
-            self._add(self.points, {"status": status, "time": int(time.time() * 1000)})
+            self._add(self._points, {"status": status, "time": int(time.time() * 1000)})
 
     # ---- never costs a run ----
 
@@ -197,8 +196,7 @@ def settle(config: Config, record: RunRecord | None, seconds: float = SETTLE_SEC
 
     Returns what a closing box says of what is still local: nothing when all is delivered.
     """
-    with contextlib.suppress(RunError), locked(config.run_dir / FOLDER, wait_seconds=seconds):
-        pass
+    wait_for_delivery(config.run_dir, seconds)
     place = place_of(config.run_dir)
     if record is not None and record.mlflow != run_in(place):
         record.mlflow = run_in(place)

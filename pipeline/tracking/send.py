@@ -5,6 +5,7 @@ would add again, are looked for first.
 """
 
 import contextlib
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,11 +147,11 @@ class Sender:
         from PIL import Image
 
         path = self.run_dir / entry["image"]
-        # How MLflow names the files of a picture that has a key and a step.
-        start = f"images/{entry['key'].replace('/', '~')}%step%{entry['step']}%"
+        # How MLflow names the files of a picture that has a key and a step; the signs between have changed more than once.
+        name = re.compile(rf"images/{re.escape(entry['key']).replace('/', '.')}.step.{entry['step']}.timestamp")
         if not path.is_file():
             note(f"{entry['image']}: gone before it was delivered")
-        elif not any(name.startswith(start) for name in self._artifacts("images")):
+        elif not any(map(name.match, self._artifacts("images"))):
             with Image.open(path) as image:
                 pixels = image.convert("RGB")
             self.client.log_image(self.run_id, pixels, key=entry["key"], step=entry["step"], timestamp=entry["time"])

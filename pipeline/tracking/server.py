@@ -73,6 +73,7 @@ class Place:
     delivered: dict[str, int] = field(default_factory=dict)  # bytes of each journal
     trouble: str = ""
     refused: int = 0  # entries that the server will never take
+    ended_at: int = 0  # bytes of the journal of points when a process last ended its delivery
 
     def save(self, run_dir: Path) -> None:
         """Write it, whole or not at all."""

@@ -79,7 +79,7 @@ def start_sampling(run_dir: Path) -> "subprocess.Popen[bytes]":
 
 
 def node_name() -> str | None:
-    """This machine's name among the run's curves; None where it is the only one."""
+    """What this machine is called among the run's curves; None where it is the only one."""
     several = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     return socket.gethostname() if several else None
 

@@ -1,191 +1,162 @@
-"""importing mlflow costs seconds and making its database as many, so all tests share one file; each test has its own job."""
-
-import dataclasses
 import subprocess
-import sys
-import uuid
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 
-from pipeline.config import Config, ModelConfig, OptimizerConfig, TrackingConfig
+from pipeline.config import Config
 from pipeline.run import Outcome, RunRecord
-from pipeline.tracking.run import MAX_HELD_POINTS, RunTracker, open_client, open_tracker, tracking_uri
+from pipeline.tracking import run as run_module
+from pipeline.tracking.journal import read_entries
+from pipeline.tracking.run import RunTracker, metric_key, open_tracker, settle
+from pipeline.tracking.server import PLACE, Place, Server
 from tests.processes import wait_until
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+Open = Callable[[], RunTracker]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run in a runs folder of its own, with some settings that are not the defaults."""
-    runs_dir = tmp_path_factory.mktemp("tracked") / "runs"
-    runs_dir.mkdir()
-    return Config(
-        name="tracked",
-        runs_dir=str(runs_dir),
-        model=ModelConfig(channels=[8, 16]),
-        optimizer=OptimizerConfig(args={"momentum": 0.5}),
-    )
+def written(config: Config, journal: str, kind: str) -> list[Any]:
+    """What the entries of one kind say."""
+    path = config.run_dir / f"tracking/{journal}.jsonl"
+    return [entry[kind] for entry, _ in read_entries(path) if kind in entry]
 
 
-@pytest.fixture
-def record(tmp_path: Path) -> RunRecord:
-    """A new job."""
-    git = {"commit": "0" * 40, "dirty": True}
-    return RunRecord("tracked", uuid.uuid4().hex, "c" * 64, "d" * 64, "p" * 64, git=git, folder=tmp_path)
+def points(config: Config) -> list[tuple[str, float, int]]:
+    return [(key, value, step) for entry in written(config, "points", "points") for key, value, _, step in entry]
 
 
-def history(tracker: RunTracker, key: str) -> list[tuple[int, float]]:
-    """(step, value) of every point that the database holds, oldest first."""
-    points = tracker.client.get_metric_history(tracker.run_id, key)
-    return [(point.step, point.value) for point in points]
-
-
-def runs_of(client: "MlflowClient", config: Config, record: RunRecord) -> list[str]:
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    assert experiment is not None
-    query = f"tags.`shardline.job_id` = '{record.job_id}'"
-    return [run.info.run_id for run in client.search_runs([experiment.experiment_id], filter_string=query)]
-
-
-def test_a_job_has_one_run_however_often_it_is_opened(config: Config, record: RunRecord) -> None:
-    first = open_tracker(config, record)
-    first.finish("KILLED")
-    # A job that was killed before run.json knew the run finds it by its job_id.
-    forgetful = dataclasses.replace(record, mlflow={"uri": None, "experiment": None, "run_id": None})
-    second = open_tracker(config, forgetful)
-    assert first.run_id == second.run_id
-    assert runs_of(first.client, config, record) == [first.run_id]
-    assert second.client.get_run(second.run_id).info.status == "RUNNING"
-    saved = RunRecord.require(record.folder)
-    assert saved.mlflow == {"uri": tracking_uri(config), "experiment": "shardline", "run_id": first.run_id}
-    other = open_tracker(config, dataclasses.replace(record, job_id=uuid.uuid4().hex))
-    assert other.run_id != first.run_id
-
-
-def test_replayed_steps_are_not_written_again(config: Config, record: RunRecord) -> None:
-    killed = open_tracker(config, record)
+def test_replayed_steps_are_not_written_again(config: Config, open_here: Open) -> None:
+    killed = open_here()
     for step in (10, 20, 30):
-        killed.log({"train/loss": 1.0 / step, "train/accuracy": step / 100}, step)
-    killed.flush()
-    resumed = open_tracker(config, record)  # goes on after step 10
+        killed.log({"train/loss": 1.0 / step}, step)
+    resumed = open_here()  # goes on after step 10
     for step in (20, 30, 40):
-        resumed.log({"train/loss": -1.0, "train/accuracy": -1.0}, step)
-    resumed.flush()
-    assert history(resumed, "train/loss") == [(10, 1 / 10), (20, 1 / 20), (30, 1 / 30), (40, -1.0)]
-    assert history(resumed, "train/accuracy") == [(10, 0.1), (20, 0.2), (30, 0.3), (40, -1.0)]
+        resumed.log({"train/loss": -1.0}, step)
+    assert points(config) == [("train/loss", 1 / step, step) for step in (10, 20, 30)] + [("train/loss", -1.0, 40)]
 
 
-def test_a_figure_that_the_killed_try_had_not_reached_is_written(config: Config, record: RunRecord) -> None:
-    open_tracker(config, record).log({"train/loss": 1.0}, 20)
-    open_tracker(config, record).log({"train/loss": 2.0, "val/loss": 3.0}, 20)
-    tracker = open_tracker(config, record)
-    assert history(tracker, "train/loss") == [(20, 1.0)]
-    assert history(tracker, "val/loss") == [(20, 3.0)]
+def test_a_figure_that_the_killed_try_had_not_reached_is_written(config: Config, open_here: Open) -> None:
+    open_here().log({"train/loss": 1.0}, 20)
+    open_here().log({"train/loss": 2.0, "val/loss": 3.0}, 20)
+    assert points(config) == [("train/loss", 1.0, 20), ("val/loss", 3.0, 20)]
 
 
-def test_one_tracker_writes_a_step_once(config: Config, record: RunRecord) -> None:
-    tracker = open_tracker(config, record)
-    for step in (5, 5, 10):
-        tracker.log({"val/loss": float(step)}, step)
-    tracker.flush()
-    assert history(tracker, "val/loss") == [(5, 5.0), (10, 10.0)]
+def test_final_figures_are_written_once_and_again_when_they_change(config: Config, open_here: Open) -> None:
+    for value in (0.75, 0.75, 0.5):
+        open_here().log_final({"test/accuracy": value, "test/loss": 0.25})
+    found = [[(key, value, step) for key, value, _, step in entry] for entry in written(config, "points", "final")]
+    assert found == [[("test/accuracy", 0.75, 0), ("test/loss", 0.25, 0)], [("test/accuracy", 0.5, 0)]]
 
 
-def test_points_are_written_together_and_the_last_ones_at_the_end(config: Config, record: RunRecord) -> None:
-    tracker = open_tracker(config, record)
-    for step in (1, 2, 3):
-        tracker.log({"train/loss": float(step)}, step)
-    assert history(tracker, "train/loss") == [(1, 1.0)], "the first at once, so that somebody who looks sees that it works"
-    tracker.finish()
-    assert history(tracker, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
-
-
-def test_a_write_does_not_wait_for_more_points_than_mlflow_takes(config: Config, record: RunRecord) -> None:
-    tracker = open_tracker(config, record)
-    for step in range(MAX_HELD_POINTS + 1):
-        tracker.log({"train/loss": float(step)}, step)
-    assert len(history(tracker, "train/loss")) == MAX_HELD_POINTS + 1
-
-
-def test_final_figures_are_one_point_and_the_headline(config: Config, record: RunRecord) -> None:
-    for _ in range(2):
-        tracker = open_tracker(config, record)
-        tracker.log_final({"test/accuracy": 0.75, "test/loss": 0.5}, headline="**test accuracy 0.7500**")
-        tracker.finish()
-    assert history(tracker, "test/accuracy") == [(0, 0.75)]
-    run = tracker.client.get_run(tracker.run_id)
-    assert run.data.metrics == {"test/accuracy": 0.75, "test/loss": 0.5}
-    assert run.data.tags["mlflow.note.content"] == "**test accuracy 0.7500**"
-    assert run.info.status == "FINISHED"
+def test_a_picture_of_a_step_is_kept_once(config: Config, open_here: Open) -> None:
+    open_here().log_image("val/samples", b"first", 0)
+    again = open_here()
+    again.log_image("val/samples", b"replayed", 0)
+    again.log_image("val/samples", b"second", 8)
+    paths = written(config, "files", "image")
+    assert [(config.run_dir / path).read_bytes() for path in paths] == [b"first", b"second"]
 
 
 @pytest.mark.parametrize(
     ("outcome", "status"), [("running", "SCHEDULED"), ("done", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED")]
 )
 def test_a_run_that_was_only_checked_waits_for_its_training_and_another_keeps_its_end(
-    config: Config, record: RunRecord, outcome: Outcome, status: str
+    config: Config, open_here: Open, outcome: Outcome, status: str
 ) -> None:
-    tracker = open_tracker(config, record)
-    tracker.leave(outcome)
-    assert tracker.client.get_run(tracker.run_id).info.status == status
-    trained = open_tracker(config, record)
-    assert trained.run_id == tracker.run_id
-    assert trained.client.get_run(trained.run_id).info.status == "RUNNING"
+    open_here().leave(outcome)
+    assert written(config, "points", "status") == ["RUNNING", status]
 
 
-def test_a_run_says_what_was_trained_on_what(config: Config, record: RunRecord, tmp_path: Path) -> None:
-    tracker = open_tracker(config, record)
-    (tmp_path / "note.txt").write_text("kept")
-    tracker.log_file(tmp_path / "note.txt", "evaluation")
-    run = tracker.client.get_run(tracker.run_id)
-    assert run.info.run_name == "tracked"
-    assert run.data.params["model.channels"] == "[8, 16]"
-    assert run.data.params["optimizer.args.momentum"] == "0.5"
-    assert run.data.params["seed"] == "1999"
-    assert run.data.tags["shardline.data_digest"] == "d" * 64
-    assert (run.data.tags["mlflow.source.git.commit"], run.data.tags["git.dirty"]) == ("0" * 40, "true")
-    artifacts = Path(config.runs_dir) / "mlartifacts" / tracker.run_id / "artifacts"
-    assert (artifacts / "evaluation/note.txt").read_text() == "kept"
-    assert "channels" in (artifacts / "config.yaml").read_text()
+def test_names_become_what_mlflow_takes_and_stay_apart() -> None:
+    assert metric_key("val/recall/sea lion") == "val/recall/sea lion"
+    assert metric_key("val/recall/größe") == "val/recall/größe"
+    assert metric_key("val/recall/a&b") == "val/recall/a_b.fb27"
+    assert metric_key("val/recall/a|b") != metric_key("val/recall/a&b")
+    assert metric_key("val/recall/..").startswith("val/recall/_.")
+    assert metric_key("val//x").startswith("val/_/x.")
+    assert len(metric_key("x" * 999)) <= 250
 
 
-def test_runs_are_tracked_in_the_runs_folder_unless_a_server_is_named(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_costs_points_and_not_the_training(
+    config: Config, open_here: Open, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert tracking_uri(dataclasses.replace(config, runs_dir="runs")) == f"sqlite:///{tmp_path.resolve()}/runs/mlflow.db"
-    server = dataclasses.replace(config, tracking=TrackingConfig(uri="http://127.0.0.1:5000"))
-    assert tracking_uri(server) == "http://127.0.0.1:5000"
+    tracker = open_here()
+
+    def refuse(*entries: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tracker._points, "add", refuse)
+    for step in (1, 2):
+        tracker.log({"train/loss": 1.0}, step)
+    said = capsys.readouterr().out
+    assert said.count("No space left on device") == 1
+    assert "Training goes on" in said
 
 
-MAKES_THE_DATABASE = """
-import sys
-from pipeline.config import Config
-from pipeline.tracking.run import open_client
-print("begins", flush=True)
-open_client(Config(runs_dir=sys.argv[1]))
-"""
+def test_a_deliverer_that_was_killed_is_started_again(config: Config, open_here: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_LOOKS", 0.0)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(self: RunTracker) -> None:
+        started.append(subprocess.Popen(["sleep", "60"]))
+        self._deliverer = started[-1]
+
+    monkeypatch.setattr(RunTracker, "start_delivery", start)
+    tracker = open_here()
+    tracker.start_delivery()
+    tracker.log({"train/loss": 1.0}, 1)
+    assert len(started) == 1
+    started[0].kill()
+    started[0].wait()
+    tracker.log({"train/loss": 1.0}, 2)
+    assert len(started) == 2
+    started[1].kill()
+    started[1].wait()
 
 
-def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", MAKES_THE_DATABASE, str(tmp_path)]
-    half_made = tmp_path / ".mlflow.db.tmp"
-    with subprocess.Popen(command) as process:
-        wait_until(lambda: half_made.exists() and half_made.stat().st_size > 0, "the database to be begun", seconds=60)
-        process.kill()
-    assert not (tmp_path / "mlflow.db").exists()
-    client = open_client(Config(runs_dir=str(tmp_path)))
-    assert [experiment.name for experiment in client.search_experiments()] == ["Default"]
-    assert not list(tmp_path.glob("*.tmp*"))
+def test_what_keeps_a_run_from_being_delivered_is_said_once(
+    config: Config, server: Server, open_here: Open, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_LOOKS", 0.0)
+    tracker = open_here()
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        tracker._deliverer = sleeper
+        Place(server.uri, server.experiment, trouble="MLflow at here cannot be reached (why)").save(config.run_dir)
+        for step in (1, 2, 3):
+            tracker.log({"train/loss": 1.0}, step)
+        sleeper.kill()
+    assert capsys.readouterr().out.count("MLflow at here cannot be reached (why). Training goes on") == 1
 
 
-def test_a_run_that_was_killed_before_its_parameters_gets_them(config: Config, record: RunRecord) -> None:
-    client = open_client(config)
-    experiment = client.get_experiment_by_name("shardline") or client.get_experiment(client.create_experiment("shardline"))
-    client.create_run(experiment.experiment_id, tags={"shardline.job_id": record.job_id})
+def test_saying_something_takes_microseconds(open_here: Open) -> None:
+    tracker = open_here()
+    metrics = {f"train/{name}": 0.5 for name in ("loss", "accuracy", "learning_rate", "gradient_norm")}
+    before = time.thread_time()
+    for step in range(500):
+        tracker.log(metrics, step)
+    assert (time.thread_time() - before) / 500 < 300e-6
+
+
+def test_a_run_is_delivered_by_a_process_of_its_own_and_known_afterwards(config: Config, record: RunRecord) -> None:
     tracker = open_tracker(config, record)
-    assert tracker.client.get_run(tracker.run_id).data.params["model.channels"] == "[8, 16]"
+    tracker.log({"train/loss": 0.5}, 1)
+    folder = config.run_dir / "tracking"
+    wait_until(lambda: any(path.stat().st_size for path in folder.glob("system-*.jsonl")), "a sample of the machine")
+    tracker.finish("FINISHED")
+    assert settle(config, record) == {}
+    client = tracker.server.client()
+    run = client.get_run(str(RunRecord.require(config.run_dir).mlflow["run_id"]))
+    assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 0.5)
+    assert run.data.metrics.keys() > {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"}
+    assert record.mlflow == {"uri": tracker.server.uri, "experiment": "shardline", "run_id": run.info.run_id}
+
+
+def test_what_is_still_local_is_said(config: Config, record: RunRecord, open_here: Open) -> None:
+    tracker = open_here()
+    tracker.log({"train/loss": 0.5, "train/accuracy": 1.0}, 1)
+    tracker.log_image("val/samples", b"png", 1)
+    said = settle(config, record, seconds=0.0)["still local"]
+    assert said == f"2 points, 1 files, 2 facts; deliver them with `shardline sync {config.run_dir}`"
+    assert not (Path(config.run_dir) / PLACE).exists()

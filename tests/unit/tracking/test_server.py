@@ -1,0 +1,50 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, TrackingConfig
+from pipeline.errors import ConfigError
+from pipeline.tracking.server import Server, server_of, without_credentials
+from tests.processes import wait_until
+
+
+def test_runs_are_tracked_in_the_runs_folder_unless_a_server_is_named(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    local = server_of(dataclasses.replace(config, runs_dir="runs"))
+    assert local.uri == f"sqlite:///{tmp_path.resolve()}/runs/mlflow.db"
+    assert Server.from_arguments(local.arguments()) == local
+    named = server_of(dataclasses.replace(config, tracking=TrackingConfig(uri="http://127.0.0.1:5000")))
+    assert named == Server("http://127.0.0.1:5000", "shardline", None)
+    assert Server.from_arguments(named.arguments()) == named
+
+
+def test_a_password_in_the_address_is_refused() -> None:
+    config = Config(tracking=TrackingConfig(uri="https://ann:secret@host"))
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
+        server_of(config)
+    assert without_credentials("at https://ann:secret@host/x and s3://bucket") == "at https://***@host/x and s3://bucket"
+
+
+MAKES_THE_DATABASE = """
+import sys
+from pipeline.config import Config
+from pipeline.tracking.server import server_of
+server_of(Config(runs_dir=sys.argv[1])).client()
+"""
+
+
+def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MAKES_THE_DATABASE, str(tmp_path)]
+    half_made = tmp_path / ".mlflow.db.tmp"
+    with subprocess.Popen(command) as process:
+        wait_until(lambda: half_made.exists() and half_made.stat().st_size > 0, "the database to be begun", seconds=60)
+        process.kill()
+    assert not (tmp_path / "mlflow.db").exists()
+    client = server_of(Config(runs_dir=str(tmp_path))).client()
+    assert [experiment.name for experiment in client.search_experiments()] == ["Default"]
+    assert not list(tmp_path.glob("*.tmp*"))
