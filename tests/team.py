@@ -69,9 +69,10 @@ class Team:
     postgres_bin: Path
     folder: Path
 
-    def dump(self) -> bytes:
-        """The whole database, as the backup in docs/tracking.md takes it."""
-        return subprocess.check_output([self.postgres_bin / "pg_dump", "--format=custom", "mlflow"], env=os.environ | self.database)
+    def dump(self, kind: str) -> bytes:
+        """The whole database: `plain` to be read, `custom` as the backup in docs/tracking.md takes it."""
+        command = [self.postgres_bin / "pg_dump", f"--format={kind}", "mlflow"]
+        return subprocess.check_output(command, env=os.environ | self.database)
 
     def sql(self, statement: str, database: str = "mlflow") -> str:
         """What psql answers."""
@@ -117,7 +118,7 @@ def team_server() -> Iterator[Team]:
     folder = Path(tempfile.mkdtemp(prefix="team-"))  # the user postgres cannot enter pytest's folders
     folder.chmod(0o755)
     try:
-        with _database(folder / "database", binaries) as database, _store(folder / "store") as store:
+        with _database(folder / "database", binaries) as database, store_of(folder / "store") as store:
             url = f"http://127.0.0.1:{free_ports(1)[0]}"
             team = Team(url, database, store, binaries, folder)
             with mlflow_of(team):
@@ -162,8 +163,9 @@ def _database(folder: Path, binaries: Path) -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _store(folder: Path) -> Iterator[str]:
-    folder.mkdir()
+def store_of(folder: Path) -> Iterator[str]:
+    """The S3 store over a folder, new or restored."""
+    folder.mkdir(exist_ok=True)
     names = ("master", "volume", "filer", "s3")
     ports = free_ports(2 * len(names))
     placed = [f"-{name}.port={port}" for name, port in zip(names, ports, strict=False)]
