@@ -188,7 +188,10 @@ def mlflow_of(team: Team) -> Iterator[None]:
     service = COMPOSE["services"]["mlflow"]
     moved = {"--host": "127.0.0.1", "--port": team.url.rsplit(":", 1)[1]}
     command = [sys.executable, "-m"]
-    command += [f"{name}={moved.get(name, value)}" if value else name for name, _, value in (o.partition("=") for o in service["command"])]
+    command += [
+        f"{name}={moved.get(name, value)}" if value else name
+        for name, _, value in (o.partition("=") for o in service["command"])
+    ]
     environment = environment_of("mlflow") | team.database | {"MLFLOW_S3_ENDPOINT_URL": team.store}
     environment["MLFLOW_AUTH_CONFIG_PATH"] = str(DOCKER / "mlflow-auth.ini")
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}

@@ -90,7 +90,9 @@ def require_free(port: int) -> int:
         try:
             probe.bind((HOST, port))
         except PermissionError:
-            raise ConfigError(f"port {port} needs the rights of root: give --port 5000, or --port 0 for any free one.") from None
+            raise ConfigError(
+                f"port {port} needs the rights of root: give --port 5000, or --port 0 for any free one."
+            ) from None
         except OSError:
             raise ConfigError(
                 f"port {port} is taken, perhaps by another `shardline ui`: end that one, or give --port {port + 1}, "

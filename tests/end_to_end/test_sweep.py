@@ -20,7 +20,13 @@ def test_two_trials_of_the_documented_sweep_are_two_runs_and_the_better_one_wins
     # `shardline` as the installed command is.
     (tmp_path / "shardline").write_text(f'#!/bin/sh\nexec {sys.executable} -m pipeline "$@"\n')
     (tmp_path / "shardline").chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TRIALS": "2", "PROCS": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "TRIALS": "2",
+        "PROCS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
@@ -28,7 +34,9 @@ def test_two_trials_of_the_documented_sweep_are_two_runs_and_the_better_one_wins
     best = [json.loads((tmp_path / f"runs/sweep-00{number}/run.json").read_text())["best"]["value"] for number in (0, 1)]
     assert float(done.stdout.splitlines()[-1].split()[0]) == max(best)
     with sqlite3.connect(tmp_path / "runs/mlflow.db") as database:
-        rows = database.execute("SELECT name, value FROM runs JOIN params USING (run_uuid) WHERE key = 'model.dropout'").fetchall()
+        rows = database.execute(
+            "SELECT name, value FROM runs JOIN params USING (run_uuid) WHERE key = 'model.dropout'"
+        ).fetchall()
     chosen = dict(rows)
     assert set(chosen) == {"sweep-000", "sweep-001"}
     assert len(set(chosen.values())) == 2, "both trials have the same settings"

@@ -18,14 +18,17 @@ from tests import team as parts
 from tests.processes import shardline
 from tests.team import SECRETS, Team, store_of, team_server
 
-pytestmark = pytest.mark.skipif(bool(parts.missing_parts()), reason=f"a team server needs {parts.missing_parts()}")
+pytestmark = [
+    pytest.mark.skipif(bool(parts.missing_parts()), reason=f"a team server needs {parts.missing_parts()}"),
+    pytest.mark.timeout(600),  # the first test waits for the server and a whole run
+]
 
 REPOSITORY = Path(__file__).parents[2]
 ADMIN = ("admin", SECRETS["MLFLOW_ADMIN_PASSWORD"])
 READER = ("rita", "planted-reader-password")
 MEMBER = ("mona", "planted-member-password")
 SETTINGS = [
-    "--config=digits", "--name=team", "--dataset.path=data/digits", "--tracking.experiment=shapes", "--trainer.max_epochs=2",
+    "--config=digits", "--name=team", "--dataset.path=data/digits", "--tracking.experiment=shapes", "--trainer.max_epochs=1",
     "--model.channels=[8,16]", "--model.convs_per_stage=1", "--data.num_workers=0", "--check.skip=[overfit]",
 ]  # fmt: skip
 API = "/api/2.0/mlflow"
@@ -117,7 +120,10 @@ def test_a_reader_reads_and_cannot_write(team: Team, trained: dict[str, str]) ->
     files = ask(team, READER, "GET", f"{API}/artifacts/list", params={"run_id": run_id}).json()["files"]
     assert files
     # Permitted as the docs say, the same person may.
-    assert _documented("permissions/grant", team.url, READER[0], resource_type="experiment", resource_id=experiment_id).returncode == 0
+    assert (
+        _documented("permissions/grant", team.url, READER[0], resource_type="experiment", resource_id=experiment_id).returncode
+        == 0
+    )
     assert ask(team, READER, "POST", f"{API}/runs/create", json={"experiment_id": "0"}).status_code == 403
     tag = {"run_id": run_id, "key": "seen", "value": "yes"}
     assert ask(team, READER, "POST", f"{API}/runs/set-tag", json=tag).status_code == 200
@@ -138,7 +144,9 @@ print(probabilities.shape, round(float(probabilities.sum()), 3))
 """
 
 
-def test_the_champion_is_loaded_by_name_in_a_fresh_process_and_answers(team: Team, trained: dict[str, str], tmp_path: Path) -> None:
+def test_the_champion_is_loaded_by_name_in_a_fresh_process_and_answers(
+    team: Team, trained: dict[str, str], tmp_path: Path
+) -> None:
     from PIL import Image
 
     Image.new("RGB", (16, 16), (200, 200, 200)).save(tmp_path / "image.png")
