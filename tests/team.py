@@ -26,6 +26,7 @@ from tests.s3 import free_ports
 DOCKER = Path(__file__).parents[1] / "docker"
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 START_SECONDS = 90.0
+STORE_PARTS = ("master", "volume", "filer", "s3")
 SECRETS = {
     "DATABASE_PASSWORD": "planted-database-password",
     "STORE_ACCESS_KEY": "planted-store-key",
@@ -65,9 +66,20 @@ class Team:
 
     url: str
     database: dict[str, str]
-    store: str
+    store_ports: list[int]
     postgres_bin: Path
     folder: Path
+    running_store: contextlib.ExitStack
+
+    @property
+    def store(self) -> str:
+        """Address of the S3 store."""
+        return f"http://127.0.0.1:{self.store_ports[STORE_PARTS.index('s3')]}"
+
+    def use_store(self, folder: Path) -> None:
+        """Start the store over a folder, in the place of the one that runs."""
+        self.running_store.close()
+        self.running_store.enter_context(_store(folder, self.store_ports))
 
     def dump(self, kind: str) -> bytes:
         """The whole database: `plain` to be read, `custom` as the backup in docs/tracking.md takes it."""
@@ -118,10 +130,11 @@ def team_server() -> Iterator[Team]:
     folder = Path(tempfile.mkdtemp(prefix="team-"))  # the user postgres cannot enter pytest's folders
     folder.chmod(0o755)
     try:
-        with _database(folder / "database", binaries) as database, store_of(folder / "store") as store:
-            url = f"http://127.0.0.1:{free_ports(1)[0]}"
-            team = Team(url, database, store, binaries, folder)
-            with mlflow_of(team):
+        with _database(folder / "database", binaries) as database, contextlib.ExitStack() as running_store:
+            ports = free_ports(2 * len(STORE_PARTS) + 1)
+            team = Team(f"http://127.0.0.1:{ports[0]}", database, ports[1:], binaries, folder, running_store)
+            team.use_store(folder / "store")
+            with _mlflow(team):
                 yield team
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -163,27 +176,24 @@ def _database(folder: Path, binaries: Path) -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def store_of(folder: Path) -> Iterator[str]:
-    """The S3 store over a folder, new or restored."""
+def _store(folder: Path, ports: list[int]) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
-    names = ("master", "volume", "filer", "s3")
-    ports = free_ports(2 * len(names))
-    placed = [f"-{name}.port={port}" for name, port in zip(names, ports, strict=False)]
-    placed += [f"-{name}.port.grpc={port}" for name, port in zip(names, ports[len(names) :], strict=True)]
+    placed = [f"-{name}.port={port}" for name, port in zip(STORE_PARTS, ports, strict=False)]
+    placed += [f"-{name}.port.grpc={port}" for name, port in zip(STORE_PARTS, ports[len(STORE_PARTS) :], strict=True)]
     given = [option for option in COMPOSE["services"]["store"]["command"] if not option.startswith(("-ip", "-s3.port"))]
     command = [str(_weed()), *given, f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *placed]
-    endpoint = f"http://127.0.0.1:{ports[3]}"
+    endpoint = f"http://127.0.0.1:{ports[STORE_PARTS.index('s3')]}"
     log = folder.parent / "store.log"
     with _group(command, log, cwd=folder, env=os.environ | environment_of("store")) as process:
         _wait(lambda: _answers(f"{endpoint}/healthz"), process, "store")
         # It is healthy a moment before it can keep anything; MLflow needs longer than that.
         client = s3_client(endpoint)
         _wait(lambda: bool(client.put_object(Bucket="mlflow", Key="probe", Body=b"x")), process, "store")
-        yield endpoint
+        yield
 
 
 @contextlib.contextmanager
-def mlflow_of(team: Team) -> Iterator[None]:
+def _mlflow(team: Team) -> Iterator[None]:
     """MLflow before the team's database and store."""
     service = COMPOSE["services"]["mlflow"]
     moved = {"--host": "127.0.0.1", "--port": team.url.rsplit(":", 1)[1]}
