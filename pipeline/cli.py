@@ -12,13 +12,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pipeline
 from pipeline import distributed, launch
 from pipeline.config import Config, add_settings, load_config, parse_arguments, parse_config
 from pipeline.console import closing_box, say, show_table
-from pipeline.errors import ConfigError, DataError, RunError, ShardlineError, explain_os_error, nearest
+from pipeline.errors import ConfigError, DataError, GateError, RunError, ShardlineError, explain_os_error, nearest
 from pipeline.files import locked
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset, read_manifest
 from pipeline.pretraining import spec_for
@@ -27,6 +27,12 @@ from pipeline.run import CONFIG_NAME, RunRecord, Stage, open_run, require_run, w
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+    from mlflow import MlflowClient
+
+    from pipeline.tracking.lineage import Link
+    from pipeline.tracking.server import Server
+
+Answer = TypeVar("Answer")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -430,9 +436,10 @@ def train(argv: list[str]) -> int:
 
 def _settle(config: Config, code: int) -> dict[str, str]:
     """What is still local of a run whose ranks have ended; it is waited for only where they ended well."""
-    from pipeline.tracking.run import SETTLE_SECONDS, settle
+    from pipeline.tracking.deliver import LONGEST_DRAIN_SECONDS
+    from pipeline.tracking.run import settle
 
-    local = settle(config, RunRecord.load(config.run_dir), 0.0 if code else SETTLE_SECONDS)
+    local = settle(config, RunRecord.load(config.run_dir), 0.0 if code else LONGEST_DRAIN_SECONDS)
     if code and local:
         print("; ".join(f"{name}: {what}" for name, what in local.items()), file=sys.stderr)
     return local
@@ -469,24 +476,66 @@ def _train_rank(config: Config, allow_changes: bool) -> None:
 
 def evaluate(argv: list[str]) -> int:
     """Measure the best checkpoint on every sample of the test split."""
-    config, _ = parse_config(_parser(evaluate), argv)
+    parser = _parser(evaluate)
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="RUN", help="folders of runs to compare with, image by image"
+    )
+    config, options = parse_config(parser, argv)
+    others = [Path(folder) for folder in options.against]
     if distributed.is_rank():
+        if others:
+            raise ConfigError("`--against` is for one process: evaluate without it, then again with it outside of torchrun.")
         return distributed.run_rank(lambda: _evaluate_rank(config), config.run_dir / "exit")
     manifest = load_dataset(config.dataset_location, config.data.cache_folder)
+    argv = _without_options(argv, {"--against": len(others)})
     with _front_door(config):
         record, _ = require_run(config, manifest)
-        if _is_done("evaluate", config, manifest):
+        for other in others:
+            _require_other(other, config)
+        is_done = _is_done("evaluate", config, manifest)
+        if is_done and not others:
             return _up_to_date("evaluate", config.run_dir / "evaluation")
         record.best_checkpoint()
-        from pipeline.training.preflight import require_trainable
-
-        processes = launch.processes_here()
-        require_trainable(config, manifest, processes * launch.num_nodes())
-        code = launch.launch(["evaluate", *argv], config.run_dir, processes)
-        local = _settle(config, code) if launch.is_first_node() else {}
+        code = 0 if is_done else _launch_evaluation(config, manifest, argv)
+        if launch.is_first_node():
+            compared = _compare(config, manifest, others) if others and not code else {}
+            local = _settle(config, code)
     if code == 0 and launch.is_first_node():
-        _show_result(config.run_dir, local, _next("export", argv))
+        _show_result(config.run_dir, compared | local, _next("export", argv))
     return code
+
+
+def _launch_evaluation(config: Config, manifest: DatasetManifest, argv: list[str]) -> int:
+    from pipeline.training.preflight import require_trainable
+
+    processes = launch.processes_here()
+    require_trainable(config, manifest, processes * launch.num_nodes())
+    return launch.launch(["evaluate", *argv], config.run_dir, processes)
+
+
+def _require_other(other: Path, config: Config) -> None:
+    """Refuse at once what cannot be compared with, before an evaluation of minutes."""
+    from pipeline.report.against import require_evaluated
+
+    if other.resolve() == config.run_dir.resolve():
+        raise ConfigError(f"`--against` names {other}, which is this run itself. Name the folder of another run.")
+    require_evaluated(other)
+
+
+def _compare(config: Config, manifest: DatasetManifest, others: list[Path]) -> dict[str, str]:
+    """What the comparison with other runs says, which the run's page says from now on, too."""
+    from pipeline.report.against import compare_runs
+    from pipeline.report.run_files import AGAINST
+    from pipeline.report.run_page import write_report
+    from pipeline.tracking.run import open_tracker
+
+    record, _ = require_run(config, manifest)  # as the evaluation left it
+    comparisons = compare_runs(config.run_dir, others)
+    tracker = open_tracker(config, record, status=None)
+    tracker.log_file(config.run_dir / AGAINST, "evaluation")
+    write_report(config, manifest, record, tracker)
+    tracker.leave(record.outcome)
+    return {f"against {comparison['run']}": comparison["sentence"] for comparison in comparisons}
 
 
 def _evaluate_rank(config: Config) -> None:
@@ -495,8 +544,10 @@ def _evaluate_rank(config: Config) -> None:
     evaluate_rank(config)
 
 
-def _show_result(run_dir: Path, local: dict[str, str], next_command: str) -> None:
+def _show_result(run_dir: Path, more: dict[str, str], next_command: str) -> None:
     import json
+
+    from pipeline.report.run_page import PAGE
 
     path = run_dir / "evaluation" / "test.json"
     result = json.loads(path.read_text())
@@ -510,7 +561,8 @@ def _show_result(run_dir: Path, local: dict[str, str], next_command: str) -> Non
         "hardest": ", ".join(f"{name} (recall {recall:.3f})" for recall, name in worst),
         **_beside_baselines(result["baselines"]),
         "in": str(path),
-        **local,
+        "report": str(run_dir / PAGE),
+        **more,
     }
     closing_box("evaluated", facts, next_command)
 
@@ -550,6 +602,7 @@ def export(argv: list[str]) -> int:
     facts = {
         "model": f"{model_path}  {model_path.stat().st_size / 1e6:.2f} MB, opset {config.export.opset}",
         "parity": f"{agreement}, largest difference {worst:.0e}",
+        "registry": f"candidate of {config.registered_model}; `shardline promote` compares it with the champion",
         **local,
     }
     closing_box("model published", facts, f"shardline predict {model_path} IMAGE...")
@@ -644,6 +697,112 @@ def ui(argv: list[str]) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         show_ui(config, options.port)
     return 0
+
+
+def promote(argv: list[str]) -> int:
+    """Make the candidate the champion, if the same test images do not speak against it; exit 3 if they do."""
+    parser = _parser(promote)
+    parser.add_argument("--force", action="store_true", help="move the alias whatever the numbers say; this is recorded")
+    config, options = parse_config(parser, argv)
+    from pipeline.tracking.promotion import promote as decide
+    from pipeline.tracking.server import server_of
+
+    name, server = config.registered_model, server_of(config)
+    if config.run_dir.is_dir():
+        _settle(config, 0)  # an export of a moment ago may still be on its way
+    decision = _asking(server, lambda client: decide(client, name, config.tracking.max_drop, force=options.force))
+    if decision.kind == "refused":
+        how = "`shardline promote --force` moves it all the same"
+        raise GateError(f"version {decision.version} of {name} is not promoted: {decision.reason}. {how}.")
+    if decision.kind == "nothing":
+        say(f"promote: nothing to do, version {decision.version} of {name} is the champion already")
+        return 0
+    facts = {
+        "champion": f"models:/{name}@champion is version {decision.version}"
+        + ("" if decision.kind != "forced" else ", by --force"),
+        "before": f"version {decision.champion}" if decision.champion else "none",
+        "why": decision.reason,
+        "rule": f"not worse, or lower by chance and by less than {config.tracking.max_drop:g} (tracking.max_drop)",
+    }
+    words = _without_options(argv, {"--force": 0})
+    closing_box("promoted", facts, shlex.join(["shardline", "lineage", f"models:/{name}@champion", *words]))
+    return 0
+
+
+def lineage(argv: list[str]) -> int:
+    """Trace a model back to its data and verify every link; exit 3 when one is broken."""
+    parser = _parser(lineage, positional="MODEL ")
+    parser.add_argument("exported", nargs="?", metavar="MODEL", help="model.onnx, models:/NAME@ALIAS or models:/NAME/VERSION")
+    config, options = parse_config(parser, argv)
+    if options.exported is None:
+        raise ConfigError("name a model: `shardline lineage runs/NAME/export/model.onnx`, or models:/NAME@champion.")
+    import tempfile
+
+    from pipeline.console import show_marked
+    from pipeline.tracking.lineage import COLOURS, check_links, find_chain, first_broken
+    from pipeline.tracking.server import server_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        server = server_of(config)
+        try:
+            client, trouble = _client_of(server), ""
+        except RunError as error:
+            client, trouble = None, str(error)
+        chain = _guarded(server, lambda: find_chain(options.exported, config, client, trouble, Path(folder)))
+        links = [_dataset_link(chain.run_dir, chain.facts["data_digest"], config), *check_links(chain)]
+    show_marked([(link.state, COLOURS[link.state], f"{link.name}: {link.what}") for link in links])
+    if broken := first_broken(links):
+        raise broken
+    away = sum(link.state == "not reachable" for link in links)
+    reached = f"{len(links) - away} verified, {away} out of reach" if away else f"all {len(links)} verified"
+    closing_box("nothing broken", {"model": options.exported, "links": reached})
+    return 0
+
+
+def _dataset_link(run_dir: Path | None, digest: str, config: Config) -> "Link":
+    """Whether the data set of the run is there, whole, and the one that the model names."""
+    from pipeline.console import track
+    from pipeline.data.verify import num_files, verify_dataset
+    from pipeline.tracking.lineage import Link, compared
+
+    own = load_config(run_dir / CONFIG_NAME) if run_dir is not None and (run_dir / CONFIG_NAME).is_file() else config
+    location = own.dataset_location
+    if not is_url(location) and not (Path(location) / MANIFEST_NAME).is_file():
+        return Link("data set", "not reachable", f"{location}: no data set there")
+    try:
+        manifest = load_dataset(location, own.data.cache_folder) if is_url(location) else read_manifest(Path(location))
+    except DataError as error:
+        return Link("data set", "BROKEN", str(error))
+    link = compared("data set", location, {"digest": (manifest.digest, digest)})
+    if link.state == "BROKEN":
+        return link
+    for _, defects in track(verify_dataset(manifest, config=own.data), "verify", num_files(manifest), "files"):
+        if defects:
+            return Link("data set", "BROKEN", defects[0])
+    return link
+
+
+def _client_of(server: "Server") -> "MlflowClient":
+    """MLflow's client. Raises RunError where nothing was ever tracked, instead of making a database to ask in vain."""
+    if server.artifacts is not None and not Path(server.uri.removeprefix("sqlite:///")).is_file():
+        raise RunError(f"{server.uri}: nothing was tracked there. Give --tracking.uri, or run `shardline train` first.")
+    return server.client()
+
+
+def _asking(server: "Server", ask: Callable[["MlflowClient"], Answer]) -> Answer:
+    return _guarded(server, lambda: ask(_client_of(server)))
+
+
+def _guarded(server: "Server", ask: Callable[[], Answer]) -> Answer:
+    """Turn a server that fails into one line. Raises RunError."""
+    from mlflow.exceptions import MlflowException
+
+    from pipeline.tracking.deliver import describe_trouble
+
+    try:
+        return ask()
+    except (MlflowException, ConnectionError, TimeoutError) as error:
+        raise RunError(f"{describe_trouble(error, server.uri)}. Is it up, and the right --tracking.uri?") from error
 
 
 # ---- the machines ----
@@ -795,6 +954,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "replay": replay,
     "sync": sync,
     "ui": ui,
+    "promote": promote,
+    "lineage": lineage,
     "predict": predict,
     "doctor": doctor,
     "bench": bench,

@@ -261,6 +261,8 @@ class TrackingConfig:
 
     uri: str = setting("", "tracking server; default a sqlite file in the runs folder", identity=False)
     experiment: str = setting("shardline", "experiment that holds the run", identity=False)
+    model: str = setting("", "registered model; default the run's name", identity=False)
+    max_drop: float = setting(0.005, "accuracy that a promoted model may at worst have lost", identity=False)
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,11 @@ class Config:
     def run_dir(self) -> Path:
         """Folder of everything this run makes."""
         return Path(self.runs_dir) / self.name
+
+    @property
+    def registered_model(self) -> str:
+        """Name under which exported models are registered; a run's own name may hold what MLflow's may not."""
+        return self.tracking.model or self.name.replace(":", "_")
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved configuration as plain dicts, lists and scalars."""
@@ -588,6 +595,7 @@ RANGES = {
     "trainer.timeout_seconds": POSITIVE,
     "export.tolerance": POSITIVE,
     "export.max_batch_size": COUNT,
+    "tracking.max_drop": SHARE,
 }
 
 
@@ -609,3 +617,6 @@ def _require_sane(config: Config) -> None:
         raise ConfigError(f"`dataset.background` is {background}; it must be three numbers from 0 to 255: [red, green, blue].")
     if not config.name or config.name != Path(config.name).name or config.name.startswith("."):
         raise ConfigError(f"`name` is '{config.name}'; it must be a plain folder name.")
+    model = config.tracking.model
+    if model and (not model.strip(" .") or {"/", ":"} & set(model) or len(model) > 256):
+        raise ConfigError(f"`tracking.model` is '{model}'; it must be a name without / and :, of at most 256 letters.")

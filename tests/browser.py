@@ -1,4 +1,4 @@
-"""Debian's Chromium for tests of pages: headless, with a clean profile, and a record of what a page asks for and complains of."""
+"""Debian's Chromium for tests of pages: headless, a clean profile, and a record of what pages ask for and complain of."""
 
 import contextlib
 import os
@@ -12,10 +12,16 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 # Nothing that Chromium does of its own accord (updates, synchronisation) may leave the machine either.
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage"
-).split()
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
 # MLflow greets a new browser with an assistant that covers half of the page.
 NO_ASSISTANT = """if (location.protocol === 'http:') {
 localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');

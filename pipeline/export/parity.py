@@ -128,20 +128,21 @@ def _ask_onnx(session: onnxruntime.InferenceSession, images: torch.Tensor) -> di
 
 def _batches(dataset: ShardDataset, size: int) -> Iterator[torch.Tensor]:
     for first in range(0, len(dataset), size):
-        images = [*_decodable(dataset, range(first, min(first + size, len(dataset))))]
+        images = [*decodable(dataset, range(first, min(first + size, len(dataset))))]
         if images:
             yield torch.stack(images)
 
 
 def _repeat_to(dataset: ShardDataset, size: int) -> torch.Tensor:
     """The first `size` images (N, 3, H, W), from the start again where the split has fewer."""
-    images = [*itertools.islice(_decodable(dataset, range(len(dataset))), size)]
+    images = [*itertools.islice(decodable(dataset, range(len(dataset))), size)]
     if not images:
         raise DataError("no image of the evaluation split can be decoded. Look at the shards with `shardline verify`.")
     return torch.stack([images[index % len(images)] for index in range(size)])
 
 
-def _decodable(dataset: ShardDataset, indices: range) -> Iterator[torch.Tensor]:
+def decodable(dataset: ShardDataset, indices: range) -> Iterator[torch.Tensor]:
+    """The images, uint8 (3, H, W), of those of the samples that can still be decoded."""
     for index in indices:
         with contextlib.suppress(DataError):
             yield dataset.image(index)

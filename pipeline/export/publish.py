@@ -2,9 +2,15 @@
 
 import dataclasses
 import hashlib
+import io
+import json
 import platform
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
@@ -14,18 +20,21 @@ from pipeline.config import Config
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import GateError
 from pipeline.export.graph import export_graph, require_clean
-from pipeline.export.parity import Parity, compare, describe_failure
+from pipeline.export.parity import Parity, compare, decodable, describe_failure
 from pipeline.files import move_aside, write_bytes, write_json
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
 from pipeline.models.sequential import network_for
 from pipeline.preprocess import PreprocessSpec
+from pipeline.report.run_page import write_report
 from pipeline.run import RunRecord
 from pipeline.task import Task, task_of
 from pipeline.tracking.run import open_tracker
 from pipeline.training.checkpoint import load_network_weights
+from pipeline.training.evaluate import RESULT as EVALUATION
 
 MODEL = Path("export/model.onnx")
 PARITY = Path("export/parity.json")
+EXAMPLE = Path("export/example.npy")
 REFUSED = Path("export/parity-refused.json")
 
 
@@ -48,7 +57,8 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
     (config.run_dir / REFUSED).unlink(missing_ok=True)
     write_json(config.run_dir / PARITY, dataclasses.asdict(parity))
     write_bytes(config.run_dir / MODEL, content)
-    _log(config, record, parity, len(content))
+    image = next(decodable(dataset, range(len(dataset)))).unsqueeze(0).numpy()  # (1, 3, H, W)
+    _log(config, manifest, record, parity, task, image)
     inputs = record.inputs_of("export", config, manifest.evaluation_split)
     record.finish_stage("export", inputs, [config.run_dir / MODEL, config.run_dir / PARITY])
     return parity
@@ -77,15 +87,58 @@ def _metadata(manifest: DatasetManifest, task: Task, spec: PreprocessSpec, recor
     }
 
 
-def _log(config: Config, record: RunRecord, parity: Parity, num_bytes: int) -> None:
+def _log(
+    config: Config, manifest: DatasetManifest, record: RunRecord, parity: Parity, task: Task, image: npt.NDArray[np.uint8]
+) -> None:
+    """Have the model registered, with `image`, (1, 3, H, W), as its example."""
+    content = io.BytesIO()
+    np.save(content, image)
+    write_bytes(config.run_dir / EXAMPLE, content.getvalue())
     tracker = open_tracker(config, record, status=None)
+    tracker.log_file(config.run_dir / PARITY, "export")
+    tracker.log_model(_model_entry(config, record, parity, task))
+    write_report(config, manifest, record, tracker)
+    tracker.finish("FINISHED")
+
+
+def _model_entry(config: Config, record: RunRecord, parity: Parity, task: Task) -> dict[str, Any]:
+    """What `registry.register_model` makes a version of. The `onnx/*` figures are told with the model, and nowhere else."""
+    assert record.best is not None
     worst = max(case.max_abs for case in parity.cases)
-    figures = {
-        "onnx/top1_agreement": parity.top1_agreement,
-        "onnx/max_abs_difference": worst,
-        "onnx/megabytes": num_bytes / 1e6,
+    evaluation = _evaluation_of(config, record)
+    result = "**not evaluated yet**"
+    if evaluation:
+        result = f"**{evaluation['split']} accuracy {float(evaluation['accuracy']):.4f}** on {evaluation['num_samples']} images"
+    return {
+        "name": config.registered_model,
+        "model": str(MODEL),
+        "example": str(EXAMPLE),
+        "task": task.kind,
+        "description": f"{result}; answers as the trained network does (largest difference {worst:.0e})",
+        "params": {"opset": str(config.export.opset)},
+        "metrics": {
+            "onnx/top1_agreement": parity.top1_agreement,
+            "onnx/max_abs_difference": worst,
+            "onnx/megabytes": (config.run_dir / MODEL).stat().st_size / 1e6,
+        },
+        "tags": {
+            "onnx_sha256": parity.sha256,
+            "checkpoint_sha256": record.best["sha256"],
+            "data_digest": record.data_digest,
+            "job_id": record.job_id,
+            "run_name": record.name,
+            "git_commit": record.git["commit"] or "",
+            **evaluation,
+        },
+        "requirements": [f"onnxruntime=={onnxruntime.__version__}"],
+        "time": int(time.time() * 1000),
     }
-    tracker.log_final(figures)
-    for name in (MODEL, PARITY):
-        tracker.log_file(config.run_dir / name, "export")
-    tracker.finish()
+
+
+def _evaluation_of(config: Config, record: RunRecord) -> dict[str, str]:
+    """Accuracy, split and number of samples of the evaluation, where it was of this checkpoint."""
+    path = config.run_dir / EVALUATION
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    if record.best is None or result.get("checkpoint_sha256") != record.best["sha256"]:
+        return {}
+    return {name: str(result[name]) for name in ("split", "num_samples", "accuracy")}

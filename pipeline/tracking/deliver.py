@@ -27,6 +27,7 @@ SECONDS_BETWEEN_ROUNDS = 1.0
 # After the end of the training: how long a server that answers may take, and how often one may fail.
 DRAIN_SECONDS = 60.0
 DRAIN_FAILURES = 2
+LONGEST_DRAIN_SECONDS = DRAIN_SECONDS + 35.0  # with a call that hangs
 LONGEST_PAUSE_SECONDS = 60.0
 # How long a process that delivers may take to start.
 APPEAR_SECONDS = 15.0
@@ -238,7 +239,8 @@ def wait_for_delivery(run_dir: Path, seconds: float) -> None:
 
 def deliver_now(run_dir: Path, server: Server) -> Place:
     """Deliver everything that is still local. Raises RunError when a job is at work there, or the server does not take it."""
-    with locked(run_dir / FOLDER):
+    is_training = last_status(run_dir) == "RUNNING"
+    with locked(run_dir / FOLDER, wait_seconds=0.0 if is_training else LONGEST_DRAIN_SECONDS):
         delivery = Delivery(run_dir, server)
         for _ in range(DRAIN_FAILURES):
             delivery.round()

@@ -56,7 +56,7 @@ def describe_run(config: Config, record: RunRecord) -> Entry:
 def parameters(config: Config) -> dict[str, str]:
     """The settings that a reviewer compares, and every other one that shapes the training and is not its default."""
     plain = Config()
-    found = {}
+    found: dict[str, str] = {}
     for key, _, item in settings_of(Config):
         value, default = operator.attrgetter(key)(config), operator.attrgetter(key)(plain)
         chosen = key.startswith(SECTIONS) and item.metadata["identity"] and value != default

@@ -21,7 +21,7 @@ from pipeline.console import say
 from pipeline.files import write_bytes
 from pipeline.manifest import DatasetManifest
 from pipeline.run import Outcome, RunRecord
-from pipeline.tracking.deliver import REFUSED, left_over, wait_for_delivery
+from pipeline.tracking.deliver import LONGEST_DRAIN_SECONDS, REFUSED, left_over, wait_for_delivery
 from pipeline.tracking.journal import FILES, FOLDER, POINTS, Entry, Journal, final_figures, last_steps, read_entries
 from pipeline.tracking.provenance import describe_dataset, describe_run
 from pipeline.tracking.server import Place, Server, place_of, server_of
@@ -31,8 +31,6 @@ STATUS: dict[Outcome, Status] = {"done": "FINISHED", "stopped": "KILLED", "faile
 # MLflow takes letters of any script, digits and these.
 _NOT_IN_KEYS = re.compile(r"[^\w.\- :/]")
 SECONDS_BETWEEN_LOOKS = 5.0
-# A little longer than the process that delivers takes at most, with a call that hangs.
-SETTLE_SECONDS = 95.0
 
 
 class RunTracker:
@@ -191,7 +189,7 @@ def open_tracker(
     return tracker
 
 
-def settle(config: Config, record: RunRecord | None, seconds: float = SETTLE_SECONDS) -> dict[str, str]:
+def settle(config: Config, record: RunRecord | None, seconds: float = LONGEST_DRAIN_SECONDS) -> dict[str, str]:
     """Wait until the process that delivers has ended, at most so long; put the MLflow run into run.json.
 
     Returns what a closing box says of what is still local: nothing when all is delivered.

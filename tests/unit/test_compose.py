@@ -1,4 +1,4 @@
-"""The team server's compose file: what an operator relies on without reading it. That it works is test_team_server.py's part."""
+"""The team server's compose file: what an operator relies on without reading it. (test_team_server.py runs it.)"""
 
 import re
 from pathlib import Path
@@ -12,10 +12,19 @@ TEXT = (REPOSITORY / "docker/compose.yaml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 # Of the compose specification; anything else is refused by docker compose.
-KNOWN_KEYS = set(
-    "build command depends_on environment healthcheck image logging ports read_only restart security_opt shm_size "
-    "stop_grace_period tmpfs user volumes".split()
-)
+KNOWN_KEYS = {
+    "build",
+    "command",
+    "depends_on",
+    "environment",
+    "healthcheck",
+    "image",
+    "logging",
+    "ports",
+    "read_only",
+    "restart",
+}
+KNOWN_KEYS |= {"security_opt", "shm_size", "stop_grace_period", "tmpfs", "user", "volumes"}
 REQUIRED = re.compile(r"\$\{(\w+):\?set it in team\.env\}")
 
 

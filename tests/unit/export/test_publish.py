@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 from pipeline.config import Config
 from pipeline.errors import GateError, RunError
 from pipeline.export import publish
-from pipeline.files import sha256_of
+from pipeline.files import sha256_of, write_json
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from pipeline.run import BEST, RunRecord
+from pipeline.training.evaluate import RESULT
 from tests.unit.export.test_parity import change_the_weights
 
 METADATA = {
@@ -27,23 +29,23 @@ class Tracker:
     """Stands where MLflow would be told."""
 
     def __init__(self) -> None:
-        self.figures: dict[str, float] = {}
         self.files: list[str] = []
+        self.models: list[dict[str, Any]] = []
 
-    def log_final(self, metrics: dict[str, float]) -> None:
-        self.figures |= metrics
+    def log_model(self, entry: dict[str, Any]) -> None:
+        self.models.append(json.loads(json.dumps(entry)))
 
-    def log_file(self, path: Path, folder: str) -> None:
+    def log_file(self, path: Path, folder: str = "") -> None:
         self.files.append(f"{folder}/{path.name}")
 
-    def finish(self) -> None:
+    def finish(self, status: str) -> None:
         pass
 
 
 @pytest.fixture
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     found = Tracker()
-    monkeypatch.setattr(publish, "open_tracker", lambda config, record: found)
+    monkeypatch.setattr(publish, "open_tracker", lambda config, record, status: found)
     return found
 
 
@@ -79,12 +81,11 @@ def test_a_proved_model_is_published_and_tracked(
     tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
 ) -> None:
     publish.export(tiny_config, tiny_dataset, tiny_spec, record)
-    assert exports(tiny_config) == ["model.onnx", "parity.json"]
+    assert exports(tiny_config) == ["example.npy", "model.onnx", "parity.json"]
     parity = json.loads((tiny_config.run_dir / publish.PARITY).read_text())
     assert parity["passed"]
     assert parity["sha256"] == sha256_of(tiny_config.run_dir / publish.MODEL)
-    assert tracker.figures["onnx/top1_agreement"] == 1.0
-    assert tracker.files == ["export/model.onnx", "export/parity.json"]
+    assert tracker.files == ["export/parity.json", "/report.html", "/model_card.md"]
     inputs = record.inputs_of("export", tiny_config, "test")
     assert record.stage_is_done("export", inputs)
     metadata = {entry.key: entry.value for entry in onnx.load(tiny_config.run_dir / publish.MODEL).metadata_props}
@@ -94,6 +95,39 @@ def test_a_proved_model_is_published_and_tracked(
     assert metadata["shardline.data_digest"] == tiny_dataset.digest
     assert metadata["shardline.job_id"] == record.job_id
     assert json.loads(metadata["shardline.preprocess"])["mean"] == tiny_spec.mean
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_the_model_is_registered_with_where_it_came_from_and_how_good_it_is(
+    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
+) -> None:
+    assert record.best is not None
+    result = {"split": "test", "num_samples": 12, "accuracy": 0.75, "checkpoint_sha256": record.best["sha256"]}
+    write_json(tiny_config.run_dir / RESULT, result)
+    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    (entry,) = tracker.models
+    assert entry["name"] == "tiny"
+    assert entry["metrics"]["onnx/top1_agreement"] == 1.0
+    assert entry["description"].startswith("**test accuracy 0.7500** on 12 images; ")
+    assert entry["tags"] == {
+        "onnx_sha256": sha256_of(tiny_config.run_dir / publish.MODEL),
+        "checkpoint_sha256": record.best["sha256"],
+        "data_digest": tiny_dataset.digest,
+        "job_id": record.job_id,
+        "run_name": "tiny",
+        "git_commit": "",
+        "split": "test",
+        "num_samples": "12",
+        "accuracy": "0.75",
+    }
+    example = np.load(tiny_config.run_dir / entry["example"])
+    assert (example.shape, example.dtype) == ((1, 3, 16, 16), np.uint8)
+    assert example.std() > 5  # a picture, not an empty one
+
+    write_json(tiny_config.run_dir / RESULT, {**result, "checkpoint_sha256": "0" * 64})
+    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    assert tracker.models[1]["description"].startswith("**not evaluated yet**; ")
+    assert "accuracy" not in tracker.models[1]["tags"]
 
 
 @pytest.mark.usefixtures("quick_export")
@@ -162,4 +196,4 @@ def test_a_checkpoint_that_is_not_what_training_left_costs_no_published_model(
         file.write(b"more")
     with pytest.raises(RunError, match=r"best\.ckpt: is not the file that training left"):
         publish.export(tiny_config, tiny_dataset, tiny_spec, record)
-    assert exports(tiny_config) == ["model.onnx", "parity.json"]
+    assert {"model.onnx", "parity.json"} <= set(exports(tiny_config))
