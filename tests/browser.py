@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Error, Page, Request
 
 # Nothing that Chromium does of its own accord (updates, synchronisation) may leave the machine either.
 FLAGS = [
@@ -60,6 +60,16 @@ class Browser:
         self.page.goto(url)
         return self.page
 
+    def note_request(self, request: "Request") -> None:
+        """Remember what is asked for elsewhere than here."""
+        if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:", "about:")):
+            self.outside.append(request.url)
+
+    def note_error(self, error: "Error") -> None:
+        """Remember what a page stumbles over; that a chart changes size while it is drawn does no harm."""
+        if "ResizeObserver" not in str(error):
+            self.errors.append(str(error))
+
     def keep(self, name: str) -> Path:
         """Take a screenshot."""
         path = self.screenshots / f"{name}.png"
@@ -81,13 +91,9 @@ def browser(folder: Path) -> Iterator[Browser]:
         context.set_default_timeout(PATIENCE_MILLISECONDS)
         context.add_init_script(NO_ASSISTANT)
         found = Browser(context.new_page(), screenshots)
-        found.page.on("request", lambda request: _is_here(request.url) or found.outside.append(request.url))
-        found.page.on("pageerror", lambda error: "ResizeObserver" in str(error) or found.errors.append(str(error)))
+        found.page.on("request", found.note_request)
+        found.page.on("pageerror", found.note_error)
         try:
             yield found
         finally:
             started.close()
-
-
-def _is_here(url: str) -> bool:
-    return url.startswith(("http://127.0.0.1:", "data:", "blob:", "about:"))

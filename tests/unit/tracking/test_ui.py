@@ -10,7 +10,7 @@ from pipeline.cli import main
 from pipeline.config import Config, TrackingConfig
 from pipeline.errors import ConfigError, RunError
 from pipeline.tracking import ui
-from pipeline.tracking.server import Place, Server, server_of
+from pipeline.tracking.server import PLACE, Place, Server, server_of
 
 SERVER = Server("http://tracking.example.org:5000", "shapes")
 
@@ -19,7 +19,7 @@ def delivered(runs_dir: Path, name: str, uri: str, run_id: str | None, age: floa
     """A run folder that knows where its run is, since `age` seconds."""
     (runs_dir / name / "tracking").mkdir(parents=True)
     Place(uri, "shapes", "7", run_id).save(runs_dir / name)
-    path = runs_dir / name / ui.PLACE
+    path = runs_dir / name / PLACE
     os.utime(path, (time.time() - age, time.time() - age))
 
 
