@@ -83,18 +83,26 @@ class Team:
 
     def dump(self, kind: str) -> bytes:
         """The whole database: `plain` to be read, `custom` as the backup in docs/tracking.md takes it."""
-        command = [self.postgres_bin / "pg_dump", f"--format={kind}", "mlflow"]
+        command = [str(self.postgres_bin / "pg_dump"), f"--format={kind}", "mlflow"]
         return subprocess.check_output(command, env=os.environ | self.database)
 
     def sql(self, statement: str, database: str = "mlflow") -> str:
         """What psql answers."""
-        command = [self.postgres_bin / "psql", "--no-psqlrc", "--tuples-only", "--no-align", "--command", statement, database]
+        command = [
+            str(self.postgres_bin / "psql"),
+            "--no-psqlrc",
+            "--tuples-only",
+            "--no-align",
+            "--command",
+            statement,
+            database,
+        ]
         return subprocess.check_output(command, env=os.environ | self.database, text=True).strip()
 
     def restore(self, dump: bytes, database: str) -> None:
         """Fill a new database from a dump."""
         self.sql(f"CREATE DATABASE {database}")
-        command = [self.postgres_bin / "pg_restore", "--exit-on-error", "--dbname", database]
+        command = [str(self.postgres_bin / "pg_restore"), "--exit-on-error", "--dbname", database]
         subprocess.run(command, env=os.environ | self.database, input=dump, check=True)
 
     def objects(self) -> dict[str, bytes]:
@@ -162,7 +170,7 @@ def _database(folder: Path, binaries: Path) -> Iterator[dict[str, str]]:
     for path in (folder, folder / "password") if user else ():
         shutil.chown(path, "postgres", "postgres")
     options = environment["POSTGRES_INITDB_ARGS"].split()
-    initdb = [binaries / "initdb", f"--pgdata={folder / 'data'}", f"--username={environment['POSTGRES_USER']}", *options]
+    initdb = [str(binaries / "initdb"), f"--pgdata={folder / 'data'}", f"--username={environment['POSTGRES_USER']}", *options]
     initdb += [f"--pwfile={folder / 'password'}", "--no-sync", "--no-locale", "--encoding=UTF8"]
     subprocess.run(initdb, cwd=folder, check=True, stdout=subprocess.DEVNULL, **user)
     (port,) = free_ports(1)
@@ -170,7 +178,7 @@ def _database(folder: Path, binaries: Path) -> Iterator[dict[str, str]]:
     serve += ["-k", str(folder), "-c", "fsync=off"]
     account = {"PGHOST": "127.0.0.1", "PGPORT": str(port), "PGUSER": "mlflow", "PGPASSWORD": environment["POSTGRES_PASSWORD"]}
     with _group(serve, folder.parent / "database.log", cwd=folder, **user) as process:
-        create = [binaries / "createdb", environment["POSTGRES_DB"]]
+        create = [str(binaries / "createdb"), environment["POSTGRES_DB"]]
         _wait(lambda: not subprocess.run(create, env=os.environ | account, capture_output=True).returncode, process, "database")
         yield account
 
