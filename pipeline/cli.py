@@ -686,6 +686,19 @@ def sync(argv: list[str]) -> int:
     return 0
 
 
+def ui(argv: list[str]) -> int:
+    """Look at the runs in a browser: MLflow's pages, with links to curves, comparison and model."""
+    parser = _parser(ui)
+    parser.add_argument("--port", type=int, default=5000, help="port on this machine; 0 for any free one")
+    config, options = parse_config(parser, argv)
+    from pipeline.tracking.ui import show_ui
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server must not outlive this process
+    with contextlib.suppress(KeyboardInterrupt):
+        show_ui(config, options.port)
+    return 0
+
+
 def promote(argv: list[str]) -> int:
     """Make the candidate the champion, if the same test images do not speak against it; exit 3 if they do."""
     parser = _parser(promote)
@@ -940,6 +953,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "replay": replay,
     "sync": sync,
+    "ui": ui,
     "promote": promote,
     "lineage": lineage,
     "predict": predict,
