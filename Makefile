@@ -78,11 +78,8 @@ slurm: $(READY) ## the whole chain, or VERBS of it, as a Slurm job: NODES=4 GPUS
 k8s: ## the whole chain on Kubernetes: K8S=trainjob or K8S=indexed-job
 	kubectl apply -k configs/kubernetes/$(K8S)
 
-ui: $(READY) ## look at the runs in a browser
-	@echo "http://127.0.0.1:$(UI_PORT)/#/experiments?workflowType=machine_learning"
-	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server \
-		--backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --artifacts-destination $(CURDIR)/runs/mlartifacts \
-		--host 127.0.0.1 --port $(UI_PORT) --workers 1
+ui: $(READY) ## look at the runs in a browser: links to curves, comparison and model
+	$(SHARDLINE) ui $(SETTINGS) --port $(UI_PORT)
 
 lint: $(READY) ## ruff, mypy --strict, import order
 	@$(VENV)/bin/ruff check .

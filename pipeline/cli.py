@@ -476,24 +476,66 @@ def _train_rank(config: Config, allow_changes: bool) -> None:
 
 def evaluate(argv: list[str]) -> int:
     """Measure the best checkpoint on every sample of the test split."""
-    config, _ = parse_config(_parser(evaluate), argv)
+    parser = _parser(evaluate)
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="RUN", help="folders of runs to compare with, image by image"
+    )
+    config, options = parse_config(parser, argv)
+    others = [Path(folder) for folder in options.against]
     if distributed.is_rank():
+        if others:
+            raise ConfigError("`--against` is for one process: evaluate without it, then again with it outside of torchrun.")
         return distributed.run_rank(lambda: _evaluate_rank(config), config.run_dir / "exit")
     manifest = load_dataset(config.dataset_location, config.data.cache_folder)
+    argv = _without_options(argv, {"--against": len(others)})
     with _front_door(config):
         record, _ = require_run(config, manifest)
-        if _is_done("evaluate", config, manifest):
+        for other in others:
+            _require_other(other, config)
+        is_done = _is_done("evaluate", config, manifest)
+        if is_done and not others:
             return _up_to_date("evaluate", config.run_dir / "evaluation")
         record.best_checkpoint()
-        from pipeline.training.preflight import require_trainable
-
-        processes = launch.processes_here()
-        require_trainable(config, manifest, processes * launch.num_nodes())
-        code = launch.launch(["evaluate", *argv], config.run_dir, processes)
-        local = _settle(config, code) if launch.is_first_node() else {}
+        code = 0 if is_done else _launch_evaluation(config, manifest, argv)
+        if launch.is_first_node():
+            compared = _compare(config, manifest, others) if others and not code else {}
+            local = _settle(config, code)
     if code == 0 and launch.is_first_node():
-        _show_result(config.run_dir, local, _next("export", argv))
+        _show_result(config.run_dir, compared | local, _next("export", argv))
     return code
+
+
+def _launch_evaluation(config: Config, manifest: DatasetManifest, argv: list[str]) -> int:
+    from pipeline.training.preflight import require_trainable
+
+    processes = launch.processes_here()
+    require_trainable(config, manifest, processes * launch.num_nodes())
+    return launch.launch(["evaluate", *argv], config.run_dir, processes)
+
+
+def _require_other(other: Path, config: Config) -> None:
+    """Refuse at once what cannot be compared with, before an evaluation of minutes."""
+    from pipeline.report.against import require_evaluated
+
+    if other.resolve() == config.run_dir.resolve():
+        raise ConfigError(f"`--against` names {other}, which is this run itself. Name the folder of another run.")
+    require_evaluated(other)
+
+
+def _compare(config: Config, manifest: DatasetManifest, others: list[Path]) -> dict[str, str]:
+    """What the comparison with other runs says, which the run's page says from now on, too."""
+    from pipeline.report.against import compare_runs
+    from pipeline.report.run_files import AGAINST
+    from pipeline.report.run_page import write_report
+    from pipeline.tracking.run import open_tracker
+
+    record, _ = require_run(config, manifest)  # as the evaluation left it
+    comparisons = compare_runs(config.run_dir, others)
+    tracker = open_tracker(config, record, status=None)
+    tracker.log_file(config.run_dir / AGAINST, "evaluation")
+    write_report(config, manifest, record, tracker)
+    tracker.leave(record.outcome)
+    return {f"against {comparison['run']}": comparison["sentence"] for comparison in comparisons}
 
 
 def _evaluate_rank(config: Config) -> None:
@@ -502,8 +544,10 @@ def _evaluate_rank(config: Config) -> None:
     evaluate_rank(config)
 
 
-def _show_result(run_dir: Path, local: dict[str, str], next_command: str) -> None:
+def _show_result(run_dir: Path, more: dict[str, str], next_command: str) -> None:
     import json
+
+    from pipeline.report.run_page import PAGE
 
     path = run_dir / "evaluation" / "test.json"
     result = json.loads(path.read_text())
@@ -517,7 +561,8 @@ def _show_result(run_dir: Path, local: dict[str, str], next_command: str) -> Non
         "hardest": ", ".join(f"{name} (recall {recall:.3f})" for recall, name in worst),
         **_beside_baselines(result["baselines"]),
         "in": str(path),
-        **local,
+        "report": str(run_dir / PAGE),
+        **more,
     }
     closing_box("evaluated", facts, next_command)
 
@@ -638,6 +683,19 @@ def sync(argv: list[str]) -> int:
     record.mlflow = run_in(place)
     record.save()
     closing_box("delivered", {"run": f"{place.run_id} in {place.uri}", "experiment": place.experiment})
+    return 0
+
+
+def ui(argv: list[str]) -> int:
+    """Look at the runs in a browser: MLflow's pages, with links to curves, comparison and model."""
+    parser = _parser(ui)
+    parser.add_argument("--port", type=int, default=5000, help="port on this machine; 0 for any free one")
+    config, options = parse_config(parser, argv)
+    from pipeline.tracking.ui import show_ui
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server must not outlive this process
+    with contextlib.suppress(KeyboardInterrupt):
+        show_ui(config, options.port)
     return 0
 
 
@@ -895,6 +953,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "replay": replay,
     "sync": sync,
+    "ui": ui,
     "promote": promote,
     "lineage": lineage,
     "predict": predict,

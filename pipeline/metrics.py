@@ -7,11 +7,12 @@ logit, which is what makes them countable: two samples in one bin count as a tie
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from pipeline.answers import Answers, num_words, pack, unpack
 from pipeline.config import Monitor
 from pipeline.errors import DataError, RunError
 from pipeline.task import Task
@@ -48,6 +49,29 @@ class Metrics:
     auroc: float = math.nan
     average_precision: float = math.nan
     ece: float = math.nan
+    classes: tuple[tuple[int, ...], ...] = ()  # of each class: right positives, predicted and true samples, (3, K)
+    confidences: tuple[tuple[int, ...], ...] = ()  # of each bin: answers, right ones, units of confidence, (3, bins)
+
+    def per_class(self, class_names: list[str]) -> list[dict[str, Any]]:
+        """Support, precision, recall and F1 of each class; nan where there is nothing to divide by."""
+        rows = []
+        for name, hits, predicted, true in zip(class_names, *self.classes, strict=True):
+            precision, recall, f1 = _ratio(hits, predicted), _ratio(hits, true), _ratio(2 * hits, predicted + true)
+            rows.append({"class": name, "support": true, "precision": precision, "recall": recall, "f1": f1})
+        return rows
+
+    def reliability(self) -> list[dict[str, Any]]:
+        """Of each bin of confidence, how many answers it holds, and their mean confidence and accuracy (nan of none)."""
+        return [
+            {
+                "low": number / CONFIDENCE_BINS,
+                "high": (number + 1) / CONFIDENCE_BINS,
+                "count": count,
+                "confidence": _ratio(units / CONFIDENCE_UNITS, count),
+                "accuracy": _ratio(right, count),
+            }
+            for number, (count, right, units) in enumerate(zip(*self.confidences, strict=True))
+        ]
 
     def figures(self) -> dict[str, float]:
         """Every figure of the whole split that has a value, by name."""
@@ -78,7 +102,12 @@ class EvaluationSums:
         parts = torch.split(self.counts, sizes)
         views = (part.view(shape) for part, shape in zip(parts, shapes.values(), strict=True))
         self.classes, self.margins, self.confidences, self.scalars = views
-        self.seen = torch.zeros(num_samples, dtype=torch.int32, device=device)  # (N,)
+        self.num_labels = task.num_classes if task.kind == "multi" else None
+        # Of each sample: how often it was seen, 1 + its confidence in units (0: no answer), its label, the answer; (rows, N).
+        words = num_words(self.num_labels)
+        self.samples = torch.zeros(2 + 2 * words, num_samples, dtype=torch.int32, device=device)
+        self.seen, self.answered = self.samples[0], self.samples[1]
+        self.label_words, self.answer_words = self.samples[2:].chunk(2)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> None:
@@ -94,7 +123,9 @@ class EvaluationSums:
         else:
             self._add_classes(logits, predicted, labels)
         self._add_margins(logits, labels)
-        self._add_confidences(logits, predicted, labels)
+        confidence = self._add_confidences(logits, predicted, labels)
+        self.answered[indices] = 1 + units_of(confidence).int()
+        self.label_words[:, indices], self.answer_words[:, indices] = pack(labels), pack(predicted)
 
     def _add_classes(self, logits: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor) -> None:
         number = self.task.num_classes
@@ -124,7 +155,8 @@ class EvaluationSums:
         bins += torch.arange(self.num_curves, device=bins.device) * self.num_bins + positive * self.margins.shape[1]
         self.margins.view(-1).index_add_(0, bins.flatten(), torch.ones_like(bins).flatten())
 
-    def _add_confidences(self, logits: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor) -> None:
+    def _add_confidences(self, logits: torch.Tensor, predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Fill the bins; return how sure each answer is, (n,)."""
         # In float32 a sigmoid's last bit depends on its place in the batch.
         shown = self.task.probabilities(logits.double())  # (n, K)
         if self.task.kind == "multi":
@@ -132,10 +164,14 @@ class EvaluationSums:
         else:
             confidence, right = shown.amax(dim=1), predicted == labels
         confidence = confidence.nan_to_num(nan=0.0)
+        units = units_of(confidence)
         bins = (confidence * CONFIDENCE_BINS).ceil().long().sub(1).clamp(0, CONFIDENCE_BINS - 1)  # (0, 1/15], ...
-        units = (confidence * CONFIDENCE_UNITS).round().long()
         for row, amounts in enumerate((torch.ones_like(units), right.long(), units)):
             self.confidences[row].index_add_(0, bins, amounts)
+        if self.task.kind != "multi":
+            return confidence
+        wrong, sure = predicted != labels, torch.maximum(shown, 1 - shown).nan_to_num(nan=0.0)
+        return (sure * wrong).sum(dim=1) / wrong.sum(dim=1).clamp(min=1)
 
     def add_bad(self, indices: torch.Tensor) -> None:
         """Note samples, (n,), that were seen but cannot be decoded."""
@@ -145,7 +181,7 @@ class EvaluationSums:
     def reduce(self) -> Metrics:
         """Add up all ranks. Raises RunError unless each sample of the split was seen exactly once, DataError if all are bad."""
         if dist.is_available() and dist.is_initialized():
-            for total in (self.counts, self.seen, self.loss):
+            for total in (self.counts, self.samples, self.loss):
                 dist.all_reduce(total)
         wrong = int((self.seen != 1).sum())
         if wrong:
@@ -169,7 +205,25 @@ class EvaluationSums:
             auroc=_mean(areas_under_roc(negatives, positives)),
             average_precision=_mean(average_precisions(negatives, positives)),
             ece=calibration_error(self.confidences.double().cpu()),
+            classes=tuple(map(tuple, self.classes.tolist())),
+            confidences=tuple(map(tuple, self.confidences.tolist())),
         )
+
+    def answers(self) -> Answers:
+        """What was answered to each sample: after `reduce` on any rank those of all."""
+        samples = self.samples.cpu()
+        index = samples[1].nonzero().flatten()  # (n,)
+        labels, predicted = (unpack(words, self.num_labels) for words in samples[2:, index].chunk(2))
+        return Answers(index, labels, predicted, (samples[1, index] - 1).double() / CONFIDENCE_UNITS)
+
+
+def units_of(confidence: torch.Tensor) -> torch.Tensor:
+    """Confidences as whole numbers."""
+    return (confidence * CONFIDENCE_UNITS).round().long()
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 def _mean(values: torch.Tensor) -> float:

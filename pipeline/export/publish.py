@@ -25,6 +25,7 @@ from pipeline.files import move_aside, write_bytes, write_json
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
 from pipeline.models.sequential import network_for
 from pipeline.preprocess import PreprocessSpec
+from pipeline.report.run_page import write_report
 from pipeline.run import RunRecord
 from pipeline.task import Task, task_of
 from pipeline.tracking.run import open_tracker
@@ -57,7 +58,7 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
     write_json(config.run_dir / PARITY, dataclasses.asdict(parity))
     write_bytes(config.run_dir / MODEL, content)
     image = next(decodable(dataset, range(len(dataset)))).unsqueeze(0).numpy()  # (1, 3, H, W)
-    _log(config, record, parity, task, image)
+    _log(config, manifest, record, parity, task, image)
     inputs = record.inputs_of("export", config, manifest.evaluation_split)
     record.finish_stage("export", inputs, [config.run_dir / MODEL, config.run_dir / PARITY])
     return parity
@@ -86,7 +87,9 @@ def _metadata(manifest: DatasetManifest, task: Task, spec: PreprocessSpec, recor
     }
 
 
-def _log(config: Config, record: RunRecord, parity: Parity, task: Task, image: npt.NDArray[np.uint8]) -> None:
+def _log(
+    config: Config, manifest: DatasetManifest, record: RunRecord, parity: Parity, task: Task, image: npt.NDArray[np.uint8]
+) -> None:
     """Have the model registered, with `image`, (1, 3, H, W), as its example."""
     content = io.BytesIO()
     np.save(content, image)
@@ -94,6 +97,7 @@ def _log(config: Config, record: RunRecord, parity: Parity, task: Task, image: n
     tracker = open_tracker(config, record, status=None)
     tracker.log_file(config.run_dir / PARITY, "export")
     tracker.log_model(_model_entry(config, record, parity, task))
+    write_report(config, manifest, record, tracker)
     tracker.finish("FINISHED")
 
 

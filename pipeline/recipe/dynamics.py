@@ -30,6 +30,7 @@ from pipeline.report.heatmap import draw_heatmap
 from pipeline.tracking.run import RunTracker
 
 PICTURE, FIGURES = Path("dynamics.png"), Path("dynamics.json")
+COLOURS = "right answer's probability: blue 1, orange 0;\nnumber: class given instead"
 NUM_WATCHED = 24
 NUM_JUDGED = 512  # of each split, for the gap at the end
 JUDGED_AT_ONCE = 64
@@ -51,6 +52,7 @@ class Dynamics(L.Callback):
         self.config, self.manifest, self.spec, self.answers, self.tracker = config, manifest, spec, answers, tracker
         self.points: list[dict[str, Any]] = []  # of each look: step, epoch, probability and answer of each image, figures
         self.layers: list[dict[str, Any]] = []  # of the last look
+        self.logits = torch.zeros(0)  # (n, outputs) of the watched images at the last look
         self.gradients: dict[str, float] = {}
         self.updates: dict[str, float] = {}
         self.before: dict[str, list[torch.Tensor]] = {}
@@ -95,7 +97,8 @@ class Dynamics(L.Callback):
         logits, layers = observe(_network(module), self.watched["image"].to(module.device))
         for layer in layers:
             layer.gradient, layer.update = self.gradients.get(layer.layer), self.updates.get(layer.layer)
-        answers, labels = self.answers.probabilities(logits.float()).cpu(), self.watched["label"]
+        self.logits = logits.float().cpu()
+        answers, labels = self.answers.probabilities(self.logits), self.watched["label"]
         right = right_probability(answers, labels)
         figures = {**summarise(layers), "right_probability": float(right.mean())}
         point = {
@@ -107,8 +110,9 @@ class Dynamics(L.Callback):
         }
         self.points = [*(earlier for earlier in self.points if earlier["step"] != point["step"]), point]
         self.layers = [asdict(layer) for layer in layers]
-        self._write(gap=None)
+        picture = self._write(gap=None)
         if self.tracker is not None:
+            self.tracker.log_image("val/dynamics", picture, trainer.global_step)
             finite = {f"dynamics/{name}": value for name, value in figures.items() if np.isfinite(value)}
             self.tracker.log(finite, trainer.global_step)
 
@@ -152,7 +156,7 @@ class Dynamics(L.Callback):
 
     # ---- what is left ----
 
-    def _write(self, gap: Gap | None) -> None:
+    def _write(self, gap: Gap | None) -> bytes:
         labels = self.watched["label"]
         values = {
             "format_version": 1,
@@ -169,8 +173,10 @@ class Dynamics(L.Callback):
             [point["right_probability"] for point in self.points],
             [[_mark(point, row, labels) for row in range(len(labels))] for point in self.points],
             [str(point["epoch"]) for point in self.points],
+            f"The same {len(labels)} validation images by epoch\n{COLOURS}",
         )
         write_bytes(self.config.run_dir / PICTURE, picture)
+        return picture
 
     def _title(self, row: int) -> str:
         label = self.watched["label"][row]

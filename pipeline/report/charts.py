@@ -5,7 +5,7 @@ Only bars and lines are drawn; names and numbers are text of the page, so that t
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.report.html import escape, format_cell
 
@@ -13,6 +13,8 @@ MAX_SERIES = 4  # as many colours as STYLE has
 PLOT_WIDTH, PLOT_HEIGHT = 720, 96
 TICK_HEIGHT = 18
 LINES_HEIGHT, HEADROOM = 160, 20
+CURVES_HEIGHT, TOP, MARGIN = 190, 20, 46
+MAX_POINTS = 600  # of a line: more than the picture has pixels to show them
 SMALLEST_SPAN = 1e-6
 SMALLEST_BAR = 0.4  # of 100: a class with one image must not look like one with none
 
@@ -158,3 +160,115 @@ class LineChart:
             for place, value in enumerate(line)
             if math.isfinite(value)
         )
+
+
+@dataclass(frozen=True)
+class CurveChart:
+    """Lines of points (x, y) over one axis of x from 0 to `last_x`, such as a loss by step, each with points of its own.
+
+    `marks` are positions on x with a word each, such as the best checkpoint's step. A value that is no number breaks a line.
+    """
+
+    title: str
+    x_name: str
+    last_x: float
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    marks: Mapping[str, float] = field(default_factory=dict)
+
+    def to_html(self) -> str:
+        """The lines as one SVG over labelled grid lines, each named in its colour above with its last value."""
+        assert len(self.series) <= MAX_SERIES
+        finite = [point for line in self.series.values() for point in line if math.isfinite(point[1])]
+        if not finite:
+            return ""
+        ticks = nice_ticks(min(y for _, y in finite), max(y for _, y in finite))
+        frame = _Frame(self.last_x, ticks[0], ticks[-1])
+        lines = "".join(self._line(number, line, frame) for number, line in enumerate(self.series.values()))
+        legend = "".join(
+            f'<span><i class="s{number}"></i>{escape(name)}, last {escape(format_cell(float(line[-1][1])))}</span>'
+            for number, (name, line) in enumerate(self.series.items())
+            if line
+        )
+        name, height = escape(f"{self.title} by {self.x_name}"), CURVES_HEIGHT + 2 * TICK_HEIGHT
+        return (
+            f'<div class="chart"><h3>{escape(self.title)}</h3><div class="legend">{legend}</div>'
+            f'<svg class="histogram" role="img" aria-label="{name}" viewBox="0 0 {PLOT_WIDTH} {height}">'
+            f"{frame.grid(ticks)}{frame.foot(self.x_name)}{self._marks(frame)}{lines}</svg></div>"
+        )
+
+    @staticmethod
+    def _line(number: int, line: Sequence[tuple[float, float]], frame: "_Frame") -> str:
+        pieces: list[list[str]] = [[]]
+        for x, y in thin_out(line, MAX_POINTS):
+            if math.isfinite(y):
+                pieces[-1].append(f"{frame.x(x):.1f},{frame.y(y):.1f}")
+            else:
+                pieces.append([])
+        drawn = "".join(f'<polyline class="l{number}" points="{" ".join(piece)}"/>' for piece in pieces if len(piece) > 1)
+        alone = [piece[0].split(",") for piece in pieces if len(piece) == 1]
+        return drawn + "".join(f'<circle class="s{number}" cx="{x}" cy="{y}" r="3"/>' for x, y in alone)
+
+    def _marks(self, frame: "_Frame") -> str:
+        drawn = ""
+        for word, place in self.marks.items():
+            x = frame.x(place)
+            anchor = "end" if x > PLOT_WIDTH / 2 else "start"
+            drawn += f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{CURVES_HEIGHT}"/>'
+            drawn += f'<text x="{x:.1f}" y="{TOP - 6}" text-anchor="{anchor}">{escape(word)}</text>'
+        return drawn
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where a value lies in the picture of a CurveChart."""
+
+    last: float
+    low: float
+    high: float
+
+    def x(self, value: float) -> float:
+        return MARGIN + value / (self.last or 1) * (PLOT_WIDTH - MARGIN)
+
+    def y(self, value: float) -> float:
+        return CURVES_HEIGHT - (value - self.low) / (self.high - self.low) * (CURVES_HEIGHT - TOP)
+
+    def grid(self, ticks: Sequence[float]) -> str:
+        lines = ""
+        for tick in ticks:
+            y = self.y(tick)
+            lines += f'<line x1="{MARGIN}" x2="{PLOT_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            lines += f'<text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        return lines
+
+    def foot(self, name: str) -> str:
+        y = CURVES_HEIGHT + TICK_HEIGHT
+        return (
+            f'<text x="{MARGIN}" y="{y}">0</text>'
+            f'<text x="{PLOT_WIDTH}" y="{y}" text-anchor="end">{escape(name)} {self.last:,.0f}</text>'
+        )
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """At most eight round numbers, equally far apart, from at or below `low` to at or above `high`."""
+    if high <= low:
+        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{number * step:.10g}") for number in range(first, last + 1)]
+
+
+def thin_out(line: Sequence[tuple[float, float]], most: int) -> Sequence[tuple[float, float]]:
+    """At most about `most` points of a line; of each stretch the lowest and the highest, so that no peak is lost."""
+    if len(line) <= most:
+        return line
+    stretch = math.ceil(2 * len(line) / most)
+    kept = []
+    for first in range(0, len(line), stretch):
+        part = range(first, min(first + stretch, len(line)))
+        broken = [place for place in part if not math.isfinite(line[place][1])][:1]
+        whole = [place for place in part if math.isfinite(line[place][1])]
+        ends = [min(whole, key=lambda place: line[place][1]), max(whole, key=lambda place: line[place][1])] if whole else []
+        kept += [line[place] for place in sorted({*broken, *ends})]
+    return kept

@@ -126,6 +126,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class LargePicture:
+    """A picture as wide as the text, or as it is where it is smaller."""
+
+    picture: Picture
+
+    def to_html(self) -> str:
+        """The picture as markup."""
+        return f'<div class="large">{self.picture.to_html()}</div>'
+
+
+@dataclass(frozen=True)
 class PictureGroup:
     """Pictures that belong together, below a title."""
 

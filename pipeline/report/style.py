@@ -53,12 +53,16 @@ tbody td{{border-bottom:1px solid var(--line);padding:.25rem .9rem .25rem 0;vert
 .histogram{{display:block;width:100%;max-width:52rem;height:auto}}
 .histogram text{{fill:var(--faint);font-size:12px}}
 .histogram line{{stroke:var(--line)}}
+.histogram .mark{{stroke:var(--faint);stroke-dasharray:3 3}}
 .histogram polyline{{fill:none;stroke-width:2;stroke-linejoin:round}}
 .l0{{stroke:var(--s0)}}.l1{{stroke:var(--s1)}}.l2{{stroke:var(--s2)}}.l3{{stroke:var(--s3)}}
 .legend{{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.82rem;color:var(--faint)}}
 .legend i{{display:inline-block;width:.7rem;height:.7rem;border-radius:2px;margin-right:.35rem;vertical-align:-.05rem}}
 .s0{{fill:var(--s0);background:var(--s0)}}.s1{{fill:var(--s1);background:var(--s1)}}
 .s2{{fill:var(--s2);background:var(--s2)}}.s3{{fill:var(--s3);background:var(--s3)}}
+.large figure{{width:auto;margin:.75rem 0}}
+.large .frame{{height:auto}}
+.large img{{max-width:min(52rem,100%);max-height:none;border:0}}
 .groups{{--side:96px}}
 .pictures{{display:flex;flex-wrap:wrap;gap:.6rem}}
 .groups.beside{{display:grid;grid-template-columns:repeat(auto-fill,minmax(calc(2*var(--side) + 3.5rem),1fr));gap:.75rem}}

@@ -38,6 +38,8 @@ from pipeline.training.checkpoint import identity_of, newest_checkpoint, remove_
 from pipeline.training.checkpoint_writer import CheckpointWriter, DurableCheckpointIO
 from pipeline.training.classifier import Classifier
 from pipeline.training.monitors import StepMonitor
+from pipeline.training.performance import StepTimes
+from pipeline.training.pictures import Pictures
 from pipeline.training.preemption import StopOnSignal
 from pipeline.training.resume import MoveCursor, say_what_differs
 from pipeline.training.unfreezing import Unfreezing
@@ -206,18 +208,21 @@ def build_callbacks(
     """What happens around the steps, in the order in which Lightning calls it: measure, average, report, save, stop."""
     assert spec.fixed_size is not None
     ledger, monitor = BadSampleLedger(config.run_dir, config.data), StepMonitor(config)
+    dynamics = Dynamics(config, manifest, spec, task_of(manifest, config), tracker)
     return [
         WarmUpBuckets(spec.fixed_size),
         *([Unfreezing(config.model, config.trainer.max_epochs)] if config.model.freeze or config.model.unfreeze else []),
         ledger,
         monitor,
         *([EMAWeightAveraging(decay=config.trainer.ema_decay)] if config.trainer.ema_decay else []),
-        Dynamics(config, manifest, spec, task_of(manifest, config), tracker),
+        dynamics,
+        *([Pictures(dynamics, tracker)] if tracker is not None else []),
         TrainingCurves(tracker, manifest.class_names, config.trainer.log_every_steps, ledger, monitor),
         ShowProgress(),
         MoveCursor(config, training_steps_per_epoch(manifest, config.data)),
         writer,
         StopOnSignal(writer),
+        *([StepTimes(config, tracker)] if tracker is not None else []),
     ]
 
 

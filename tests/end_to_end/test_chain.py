@@ -1,8 +1,10 @@
 """The bundled digits through every stage by the command line, and what is left on disk for whoever comes next."""
 
+import csv
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -49,6 +51,43 @@ def test_onnxruntime_alone_reaches_the_accuracy_of_the_evaluation(workspace: Pat
     assert json.loads(done.stdout) == {"num_samples": result["num_samples"], "accuracy": result["accuracy"]}
 
 
+def test_a_page_and_a_card_say_what_the_run_came_to(workspace: Path, chain: dict[str, str]) -> None:
+    result = read_json(workspace / "runs/digits/evaluation/test.json")
+    onnx_sha256 = read_json(workspace / "runs/digits/export/parity.json")["sha256"]
+    page = (workspace / "runs/digits/report.html").read_text()
+    card = (workspace / "runs/digits/model_card.md").read_text()
+    for text in (page, card):
+        assert f"Accuracy {result['accuracy']:.4f} (95 % interval" in text
+        assert "Beats logistic regression on pixels" in text
+        assert "The ONNX file answers as the trained network does: agreement 1.0000" in text
+        assert onnx_sha256 in text
+    for title in ("Loss", "Accuracy", "Learning rate"):
+        assert f'<h3>{title}</h3><div class="legend">' in page
+    assert "report     runs/digits/report.html" in chain["evaluate"]
+
+
+def test_the_script_of_the_model_card_answers_as_the_evaluation_did(
+    workspace: Path, chain: dict[str, str], tmp_path: Path
+) -> None:
+    card = (workspace / "runs/digits/model_card.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    with (workspace / "runs/digits/evaluation/predictions.csv").open(newline="") as file:
+        answers = {line["key"]: (line["predicted"], line["confidence"]) for line in csv.DictReader(file)}
+    with tarfile.open(next((workspace / "data/digits").glob("test-*.tar"))) as tar:
+        member = next(member for member in tar if member.name.endswith(".jpg"))
+        image = tar.extractfile(member)
+        assert image is not None
+        (tmp_path / "image.jpg").write_bytes(image.read())
+    (tmp_path / "export").mkdir()
+    shutil.copy(workspace / MODEL, tmp_path / "export/model.onnx")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    predicted, confidence = answers[member.name.removesuffix(".jpg")]
+    assert done.stdout.split()[0] == predicted
+    # The script shows 4 digits, and onnxruntime may differ from torch in the sixth.
+    assert float(done.stdout.split()[1]) == pytest.approx(float(confidence), rel=0, abs=1e-4)
+
+
 def test_every_contract_names_the_same_data_and_checkpoint(workspace: Path, chain: dict[str, str]) -> None:
     import onnxruntime
 
@@ -69,13 +108,16 @@ def test_every_contract_names_the_same_data_and_checkpoint(workspace: Path, chai
 def test_mlflow_holds_one_finished_run_with_curves_and_final_figures(workspace: Path, chain: dict[str, str]) -> None:
     run_id = read_json(workspace / "runs/digits/run.json")["mlflow"]["run_id"]
     with sqlite3.connect(workspace / "runs/mlflow.db") as database:
-        runs = database.execute("SELECT run_uuid, status FROM runs WHERE name = 'digits'").fetchall()
+        runs = database.execute("SELECT run_uuid, status FROM runs WHERE name LIKE '% digits'").fetchall()
         points = database.execute("SELECT key, step FROM metrics WHERE run_uuid = ?", (run_id,)).fetchall()
     assert runs == [(run_id, "FINISHED")]
     assert len(points) == len(set(points)), "a (metric, step) was written twice"
     keys = {key for key, _ in points}
     assert {"train/loss", "train/learning_rate", "val/accuracy", "val/recall/7", "test/accuracy", "onnx/top1_agreement"} <= keys
-    assert (workspace / f"runs/mlartifacts/{run_id}/artifacts/export/model.onnx").is_file()
+    (model,) = (workspace / "runs/mlartifacts/models").glob("*/artifacts/model.onnx")
+    assert model.read_bytes() == (workspace / MODEL).read_bytes()
+    kept = {path.name for path in (workspace / f"runs/mlartifacts/{run_id}/artifacts").iterdir()}
+    assert {"report.html", "model_card.md"} <= kept
 
 
 def test_a_second_time_nothing_is_done(workspace: Path, chain: dict[str, str]) -> None:

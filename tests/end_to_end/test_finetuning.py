@@ -39,12 +39,15 @@ def write_digits(folder: Path) -> None:
         Image.fromarray((pixels * 15.9).astype(np.uint8)).save(path)
 
 
+def options_of(name: str, source: str) -> list[str]:
+    return [f"--config={name}.yaml", f"--name={name}", f"--dataset.source={source}", f"--dataset.path=data/{source}"]
+
+
 def run(folder: Path, name: str, source: str, text: str) -> float:
     """Shard, train and evaluate; returns the accuracy on the test split."""
     (folder / f"{name}.yaml").write_text(text)
-    options = [f"--config={name}.yaml", f"--name={name}", f"--dataset.source={source}", f"--dataset.path=data/{source}"]
     for verb in ("shard", "train", "evaluate"):
-        done = shardline(verb, *options, cwd=folder, PROCS="1")
+        done = shardline(verb, *options_of(name, source), cwd=folder, PROCS="1")
         assert done.returncode == 0, done.stderr
     return float(json.loads((folder / f"runs/{name}/evaluation/test.json").read_text())["accuracy"])
 
@@ -58,3 +61,14 @@ def test_five_new_digits_are_learned_from_a_few_samples_by_who_knows_five_others
     tuned = run(tmp_path, "tuned", "new", COMMON % ("weights: runs/known/checkpoints/best.ckpt", NEW_EPOCHS))
     scratch = run(tmp_path, "scratch", "new", SIZE + COMMON % ("dropout: 0.2", NEW_EPOCHS))
     assert tuned > scratch + 0.05, f"{tuned} and {scratch}"  # 0.573 and 0.406 when this was written
+    # The evaluation is not repeated, and its page says from now on how both compare.
+    done = shardline("evaluate", *options_of("tuned", "new"), "--against", "runs/scratch", cwd=tmp_path, PROCS="1")
+    assert done.returncode == 0, done.stderr
+    (comparison,) = json.loads((tmp_path / "runs/tuned/evaluation/against.json").read_text())["comparisons"]
+    assert (comparison["ours"], comparison["theirs"]) == (tuned, scratch)
+    assert comparison["difference"] == pytest.approx(tuned - scratch, rel=0, abs=1e-12)
+    assert 0 < comparison["low"] < comparison["difference"] < comparison["high"]
+    assert comparison["p_value"] < 0.001
+    sentence = f"tuned beats runs/scratch by {tuned - scratch:.3f}: {tuned:.4f} beside {scratch:.4f}"
+    for text in (done.stdout, *((tmp_path / f"runs/tuned/{name}").read_text() for name in ("report.html", "model_card.md"))):
+        assert sentence in text

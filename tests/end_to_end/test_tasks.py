@@ -113,6 +113,11 @@ def test_images_of_several_labels_go_from_the_table_to_the_answers_of_the_model(
     assert set(result["recall"]) == set(SHAPES)
     record = json.loads((several / "runs/tiny/run.json").read_text())
     assert record["best"]["monitor"] == "val/macro_f1"
+    for name in ("report.html", "model_card.md"):
+        assert (
+            f"{result['accuracy'] * 24:.0f} of 24 images of the test split with every label right"
+            in (several / "runs/tiny" / name).read_text()
+        )
 
     shown = {frozenset(): "none.png", frozenset({"bar", "square"}): "two.png"}
     for number, (shapes, name) in enumerate(shown.items()):

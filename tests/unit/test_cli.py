@@ -1,14 +1,21 @@
+import dataclasses
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import pipeline
 from pipeline import cli
 from pipeline.cli import main
+from pipeline.config import Config
 from pipeline.errors import ConfigError, GateError, RunError, StoppedError
+from pipeline.files import sha256_of
+from pipeline.manifest import DatasetManifest
+from pipeline.tracking.run import RunTracker
+from tests.unit.report.given import ANSWERS, evaluate, train
 
 VERBS = ("shard", "verify", "inspect", "check", "train", "evaluate", "export", "predict")
 
@@ -151,6 +158,55 @@ def test_a_mistake_in_the_options_of_shard_is_one_line(
 def test_what_only_check_understands_is_not_handed_on() -> None:
     argv = ["--only", "seed,labels", "--seed", "1", "--skip=overfit", "--check.skip=[leakage]"]
     assert cli._without_options(argv, cli.CHECK_OPTIONS) == ["--seed", "1", "--check.skip=[leakage]"]
+
+
+@pytest.fixture
+def evaluated(tiny_config: Config, tiny_dataset: DatasetManifest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command line of an evaluated run `tiny` beside an evaluated run `other` and one without results, `bare`."""
+    monkeypatch.chdir(Path(tiny_config.runs_dir).parent)
+    monkeypatch.setattr(RunTracker, "start_delivery", lambda tracker: None)  # it would import mlflow
+    for name, answers in (("tiny", ANSWERS), ("other", [("red", "blue")] * 12), ("bare", [])):
+        config = dataclasses.replace(tiny_config, name=name, runs_dir="runs")
+        record = train(config, tiny_dataset)
+        if answers:
+            checkpoint = config.run_dir / "best.ckpt"
+            checkpoint.write_bytes(b"weights")
+            record.best = {"path": "best.ckpt", "sha256": sha256_of(checkpoint), "monitor": "val/loss", "value": 0.25}
+            evaluate(record, tiny_dataset, answers, checkpoint_sha256=record.best["sha256"])
+            outputs = [config.run_dir / "evaluation/test.json"]
+            record.finish_stage("evaluate", record.inputs_of("evaluate", config, "test"), outputs)
+    return ["evaluate", "--config=runs/tiny/config.yaml"]
+
+
+def test_an_evaluation_that_is_done_is_still_compared(evaluated: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(evaluated) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main([*evaluated, "--against", "runs/other", "--seed", "1999"]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny beats runs/other by 0.917: 0.9167 beside 0.0000" in shown
+    assert "shardline export --config=runs/tiny/config.yaml --seed 1999\n" in shown
+    assert "tiny beats runs/other by 0.917" in Path("runs/tiny/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("runs/tiny", "`--against` names runs/tiny, which is this run itself"),
+        ("runs/bare", "runs/bare: no evaluation to compare with"),
+        ("runs/gone", "runs/gone: no evaluation to compare with"),
+    ],
+)
+def test_what_cannot_be_compared_with_is_a_mistake(
+    evaluated: list[str], capsys: pytest.CaptureFixture[str], other: str, message: str
+) -> None:
+    assert main([*evaluated, "--against", "runs/other", other]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("runs/tiny/evaluation/against.json").exists()
+
+
+def test_a_rank_compares_nothing(evaluated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert main([*evaluated, "--against", "runs/other"]) == 2
 
 
 def test_an_evaluation_says_whether_the_network_beats_what_needs_none() -> None:

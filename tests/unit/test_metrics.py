@@ -181,7 +181,7 @@ def test_two_ranks_find_exactly_what_one_does(kind: Kind) -> None:
             sums.add(logits[indices], labels[indices], weights, indices)
 
     def add_other(total: torch.Tensor) -> None:
-        for name in ("counts", "seen", "loss"):
+        for name in ("counts", "samples", "loss"):
             if total is getattr(first, name):
                 total += getattr(second, name)
 
@@ -197,6 +197,54 @@ def test_two_ranks_find_exactly_what_one_does(kind: Kind) -> None:
     without = {name: value for name, value in found.figures().items() if name != "loss"}
     assert without == {name: value for name, value in expected.figures().items() if name != "loss"}
     assert found.recall == expected.recall
+    assert (found.classes, found.confidences) == (expected.classes, expected.confidences)
+    for name in ("index", "label", "predicted", "confidence"):
+        assert torch.equal(getattr(first.answers(), name), getattr(one.answers(), name)), name
+
+
+@pytest.mark.parametrize("kind", ["single", "binary", "multi"])
+def test_the_answer_to_each_sample_is_kept(kind: Kind) -> None:
+    task, logits, labels = sample(kind, 30, 2 if kind == "binary" else 37)
+    sums = EvaluationSums(task, 33, CPU)
+    rows = torch.randperm(30, generator=torch.Generator().manual_seed(3))
+    for part in torch.split(rows, 7):
+        count(sums, logits, labels, part.tolist())
+    sums.add_bad(torch.tensor([30, 31, 32]))
+    sums.reduce()
+    found = sums.answers()
+    assert found.index.tolist() == list(range(30)), "bad samples have no answer"
+    predicted, shown = task.predicted(logits), task.probabilities(logits.double())
+    assert torch.equal(found.label, labels) and torch.equal(found.predicted, predicted)
+    expected = shown.amax(dim=1)
+    if kind == "multi":
+        sure, wrong = torch.maximum(shown, 1 - shown), predicted != labels
+        expected = torch.stack(
+            [row[mask].mean() if mask.any() else row.sum() * 0 for row, mask in zip(sure, wrong, strict=True)]
+        )
+    torch.testing.assert_close(found.confidence, expected, rtol=0, atol=2**-30)  # the unit in which it is kept
+
+
+@pytest.mark.parametrize("kind", ["single", "binary", "multi"])
+def test_the_figures_of_each_class_are_those_of_scikit_learn(kind: Kind) -> None:
+    task, logits, labels = sample(kind, 300, 2 if kind == "binary" else 4)
+    names = [f"class {number}" for number in range(task.num_classes)]
+    rows = evaluated(task, logits, labels).per_class(names)
+    figures = sklearn.precision_recall_fscore_support(labels, task.predicted(logits))
+    assert [row["class"] for row in rows] == names
+    for name, expected in zip(("precision", "recall", "f1", "support"), figures, strict=True):
+        np.testing.assert_allclose([row[name] for row in rows], expected, rtol=1e-12, err_msg=name)
+
+
+def test_the_bins_of_confidence_hold_every_answer_and_their_error_is_the_ece() -> None:
+    task, logits, labels = sample("single", 300, 3)
+    metrics = evaluated(task, logits, labels)
+    bins = [each for each in metrics.reliability() if each["count"]]
+    assert sum(each["count"] for each in bins) == 300
+    assert all(each["low"] < each["confidence"] <= each["high"] for each in bins)
+    assert sum(each["count"] * each["accuracy"] for each in bins) == pytest.approx(300 * metrics.accuracy)
+    error = sum(each["count"] * abs(each["accuracy"] - each["confidence"]) for each in bins) / 300
+    assert error == pytest.approx(metrics.ece, rel=1e-9)
+    assert math.isnan(metrics.reliability()[0]["accuracy"]), "three classes are never less sure than 1/3"
 
 
 def test_an_evaluation_does_not_depend_on_how_samples_were_batched() -> None:
@@ -270,13 +318,16 @@ def test_a_gpu_counts_as_the_cpu_does_where_only_deterministic_operations_are_al
     indices, weights = torch.randperm(64), torch.ones(64)
     torch.use_deterministic_algorithms(True)
     try:
-        found = []
+        found, answers = [], []
         for device in (CPU, torch.device("cuda")):
             sums = EvaluationSums(task, 64, device)
             sums.add(logits.to(device), labels.to(device), weights.to(device), indices.to(device))
             found.append(sums.reduce())
+            answers.append(sums.answers())
     finally:
         torch.use_deterministic_algorithms(False)
+    for name in ("index", "label", "predicted"):
+        assert torch.equal(getattr(answers[0], name), getattr(answers[1], name)), name
     assert (found[0].accuracy, found[0].recall, found[0].macro_f1) == (found[1].accuracy, found[1].recall, found[1].macro_f1)
     for name in ("loss", "auroc", "average_precision", "ece"):  # float32 logarithms of two libraries
         assert getattr(found[0], name) == pytest.approx(getattr(found[1], name), rel=1e-4)

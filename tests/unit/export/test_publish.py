@@ -35,7 +35,7 @@ class Tracker:
     def log_model(self, entry: dict[str, Any]) -> None:
         self.models.append(json.loads(json.dumps(entry)))
 
-    def log_file(self, path: Path, folder: str) -> None:
+    def log_file(self, path: Path, folder: str = "") -> None:
         self.files.append(f"{folder}/{path.name}")
 
     def finish(self, status: str) -> None:
@@ -85,7 +85,7 @@ def test_a_proved_model_is_published_and_tracked(
     parity = json.loads((tiny_config.run_dir / publish.PARITY).read_text())
     assert parity["passed"]
     assert parity["sha256"] == sha256_of(tiny_config.run_dir / publish.MODEL)
-    assert tracker.files == ["export/parity.json"]
+    assert tracker.files == ["export/parity.json", "/report.html", "/model_card.md"]
     inputs = record.inputs_of("export", tiny_config, "test")
     assert record.stage_is_done("export", inputs)
     metadata = {entry.key: entry.value for entry in onnx.load(tiny_config.run_dir / publish.MODEL).metadata_props}

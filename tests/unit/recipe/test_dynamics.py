@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,27 +14,8 @@ from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec
 from pipeline.recipe.dynamics import Dynamics, commonest_share, read_samples, right_probability
 from pipeline.task import task_of
-from pipeline.tracking.run import RunTracker
 from pipeline.training.classifier import Classifier
-from tests.unit.training.conftest import change, make_trainer
-
-
-class Tracker(RunTracker):
-    """Keeps what it is told instead of sending it to MLflow."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, dict[str, float]]] = []
-        self.files: list[str] = []
-        self.final: dict[str, float] = {}
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.points.append((step, metrics))
-
-    def log_final(self, metrics: dict[str, float], headline: str = "") -> None:
-        self.final |= metrics
-
-    def log_file(self, path: Path, folder: str = "") -> None:
-        self.files.append(path.name)
+from tests.unit.training.conftest import Listener, change, make_trainer
 
 
 @pytest.fixture
@@ -46,8 +26,8 @@ def config(tiny_config: Config) -> Config:
 
 def train(
     config: Config, manifest: DatasetManifest, spec: PreprocessSpec, *callbacks: L.Callback
-) -> tuple[Classifier, dict[str, Any], Tracker]:
-    tracker = Tracker()
+) -> tuple[Classifier, dict[str, Any], Listener]:
+    tracker = Listener()
     torch.manual_seed(0)
     module = Classifier(build_network(config.model, 3, spec), config, task_of(manifest, config), total_steps=12)
     data = ShardDataModule(manifest, spec, config.data, config.seed)
@@ -69,11 +49,11 @@ def test_the_same_images_are_looked_at_before_the_first_step_and_after_each_epoc
     last = found["points"][-1]
     assert last["right_probability"] == pytest.approx(right_probability(answers, labels).tolist(), abs=1e-5)
     assert last["answer"] == answers.argmax(dim=1).tolist()
-    assert [step for step, _ in tracker.points] == [0, 4, 8, 12]
-    assert set(tracker.points[0][1]) < set(tracker.points[1][1]), "before the first step there is no gradient"
-    assert tracker.points[1][1]["dynamics/update_median"] > 0
-    assert len(tracker.points[1][1]) == 11, "a few curves, however many layers"
-    assert tracker.files == ["dynamics.png", "dynamics.json"]
+    assert [step for step, _ in tracker.curves] == [0, 4, 8, 12]
+    assert set(tracker.curves[0][1]) < set(tracker.curves[1][1]), "before the first step there is no gradient"
+    assert tracker.curves[1][1]["dynamics/update_median"] > 0
+    assert len(tracker.curves[1][1]) == 11, "a few curves, however many layers"
+    assert tracker.kept == ["dynamics.png", "dynamics.json"]
     with Image.open(config.run_dir / "dynamics.png") as picture:
         assert picture.format == "PNG"
 
@@ -101,7 +81,7 @@ def test_the_end_says_whether_training_and_validation_agree(
     gap = found["gap"]
     assert [gap["train_accuracy"], gap["val_accuracy"]] == pytest.approx(expected, rel=1e-6)
     assert gap["commonest"] == pytest.approx(1 / 3)
-    assert tracker.final == {"dynamics/gap": gap["gap"]}
+    assert tracker.figures == {"dynamics/gap": gap["gap"]}
     assert gap["summary"] in capsys.readouterr().out
 
 

@@ -2,7 +2,22 @@ import re
 
 import pytest
 
-from pipeline.report.charts import HEADROOM, LINES_HEIGHT, PLOT_HEIGHT, PLOT_WIDTH, BarChart, Histogram, LineChart
+from pipeline.report.charts import (
+    CURVES_HEIGHT,
+    HEADROOM,
+    LINES_HEIGHT,
+    MARGIN,
+    MAX_POINTS,
+    PLOT_HEIGHT,
+    PLOT_WIDTH,
+    TOP,
+    BarChart,
+    CurveChart,
+    Histogram,
+    LineChart,
+    nice_ticks,
+    thin_out,
+)
 
 
 def rectangles(markup: str) -> list[dict[str, str]]:
@@ -84,3 +99,48 @@ def test_values_that_are_no_numbers_are_left_out_of_a_curve() -> None:
         [(PLOT_WIDTH / 2, HEADROOM)]
     ]
     assert lines(LineChart("step", "loss", {"n": [float("nan")]}).to_html()) == [[]]
+
+
+def test_curves_of_different_steps_share_one_axis() -> None:
+    middle = (MARGIN + PLOT_WIDTH) / 2
+    series = {"train": [(0.0, 0.0), (50.0, 1.0), (100.0, 0.0)], "val": [(50.0, 0.5), (100.0, 1.0)]}
+    markup = CurveChart("Loss", "step", 100, series, {"best": 50}).to_html()
+    assert lines(markup) == [
+        [(MARGIN, CURVES_HEIGHT), (middle, TOP), (PLOT_WIDTH, CURVES_HEIGHT)],
+        [(middle, (CURVES_HEIGHT + TOP) / 2), (PLOT_WIDTH, TOP)],
+    ]
+    assert f'class="mark" x1="{middle:.1f}"' in markup
+    assert "step 100<" in markup
+    assert "val, last 1<" in markup
+
+
+def test_what_is_no_number_breaks_a_curve_and_a_point_between_two_is_drawn_alone() -> None:
+    nan = float("nan")
+    line = [(0.0, 1.0), (1.0, 2.0), (2.0, nan), (3.0, 3.0), (4.0, nan), (5.0, 1.0), (6.0, 1.0)]
+    markup = CurveChart("Loss", "step", 6, {"train": line}).to_html()
+    assert [len(piece) for piece in lines(markup)] == [2, 2]
+    assert markup.count("<circle") == 1
+    assert CurveChart("Loss", "step", 6, {"train": [(0.0, nan)]}).to_html() == ""
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.13, 2.3, [0, 0.5, 1, 1.5, 2, 2.5]), (3, 3, [1, 2, 3, 4, 5]), (0, 0, None)],
+)
+def test_ticks_are_round_and_hold_the_values(low: float, high: float, ticks: list[float] | None) -> None:
+    found = nice_ticks(low, high)
+    assert found[0] <= low <= high <= found[-1]
+    assert 2 < len(found) <= 8
+    assert ticks is None or found == ticks
+
+
+def test_a_long_curve_keeps_its_peaks() -> None:
+    line = [(float(step), 1.0) for step in range(100_000)]
+    line[54_321] = (54_321.0, 9.0)
+    line[77_777] = (77_777.0, float("nan"))
+    kept = thin_out(line, MAX_POINTS)
+    assert len(kept) <= MAX_POINTS + 1
+    assert line[54_321] in kept
+    assert line[77_777] in kept
+    assert [*kept] == sorted(kept)
+    assert thin_out(line[:MAX_POINTS], MAX_POINTS) == line[:MAX_POINTS]

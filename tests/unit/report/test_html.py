@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.report.charts import BarChart, Histogram
+from pipeline.report.charts import BarChart, CurveChart, Histogram
 from pipeline.report.html import (
     Block,
     Cell,
     Finding,
     Findings,
     KeyFigures,
+    LargePicture,
     Picture,
     PictureGroup,
     Pictures,
@@ -43,6 +44,8 @@ def every_block(text: str) -> list[Block]:
         Table([text, "n"], [[text, 1], [text, None]], caption=text),
         BarChart([text], [text, "other"], [[1, 2]], whole=10),
         Histogram([0, 1, 2], [text], [[1, 3]], title=text, show_edge=lambda edge: f"{edge} {text}"),
+        CurveChart(text, text, 2, {text: [(0, 1), (2, 3)]}, {text: 2}),
+        LargePicture(Picture(png(), [text])),
         Pictures([PictureGroup([Picture(png(), [text]), Picture(b"", [text], missing=text)], title=text)], beside=True),
     ]
 

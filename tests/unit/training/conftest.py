@@ -1,6 +1,7 @@
 """A training in this process: Lightning on the CPU, 36 images, the pipeline's own loaders and module."""
 
 import dataclasses
+import io
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.config import Config
 from pipeline.data.datamodule import ShardDataModule
@@ -19,11 +21,52 @@ from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.run import RunRecord
 from pipeline.task import task_of
+from pipeline.tracking.run import RunTracker, Status
 from pipeline.training.checkpoint_writer import DurableCheckpointIO
 from pipeline.training.classifier import Classifier
 from pipeline.training.fit import prepare_network, training_options
 
 Fit = Callable[..., Classifier]
+
+
+class Listener(RunTracker):
+    """Keeps what it is told instead of writing it down."""
+
+    def __init__(self) -> None:
+        self.curves: list[tuple[int, dict[str, float]]] = []
+        self.figures: dict[str, float] = {}
+        self.tags: dict[str, str] = {}
+        self.kept: list[str] = []  # FOLDER/NAME of each file
+        self.images: dict[tuple[str, int], Image.Image] = {}  # by key and step
+        self.tables: dict[str, dict[str, list[Any]]] = {}
+        self.num_flushed = 0
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.curves.append((step, metrics))
+
+    def log_final(self, metrics: dict[str, float]) -> None:
+        self.figures |= metrics
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        self.tags |= tags
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        self.kept.append(f"{folder}/{path.name}" if folder else path.name)
+
+    def log_image(self, key: str, png: bytes, step: int) -> None:
+        assert (key, step) not in self.images, "MLflow shows each (key, step) once"
+        self.images[key, step] = Image.open(io.BytesIO(png), formats=["PNG"])
+        self.images[key, step].load()
+
+    def log_table(self, name: str, columns: dict[str, list[Any]], images: list[str]) -> None:
+        assert images == ["image"]
+        self.tables[name] = columns
+
+    def flush(self) -> None:
+        self.num_flushed = len(self.curves)
+
+    def finish(self, status: Status | None = "FINISHED") -> None:
+        pass
 
 
 def change(config: Config, section: str, **values: Any) -> Config:

@@ -11,28 +11,13 @@ from torch.nn import functional
 from pipeline.config import Config
 from pipeline.data.dataset import Batch
 from pipeline.metrics import Metrics
-from pipeline.tracking.run import RunTracker
 from pipeline.training.bad_samples import BadSampleLedger
 from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuckets
 from pipeline.training.classifier import Classifier
 from pipeline.training.monitors import StepMonitor
-from tests.unit.training.conftest import Fit, change, weights_of
+from tests.unit.training.conftest import Fit, Listener, change, weights_of
 
 CLASS_NAMES = ["blue", "green", "red"]
-
-
-class Tracker(RunTracker):
-    """Keeps what it is told instead of sending it to MLflow."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, dict[str, float]]] = []
-        self.num_flushed = 0
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.points.append((step, metrics))
-
-    def flush(self) -> None:
-        self.num_flushed = len(self.points)
 
 
 class EachStep(L.Callback):
@@ -52,16 +37,16 @@ class EachStep(L.Callback):
 def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fit: Fit, tmp_path: Path) -> None:
     # Without dropout and running statistics, a second forward pass of a batch gives the first one's logits.
     config = change(change(tiny_config, "model", dropout=0.0, norm="group"), "trainer", max_epochs=2)
-    tracker, each = Tracker(), EachStep()
+    tracker, each = Listener(), EachStep()
     ledger = BadSampleLedger(tmp_path, config.data)
     ledger.total = 5
     monitor = StepMonitor(config)
     measured = (monitor, TrainingCurves(tracker, CLASS_NAMES, 3, ledger, monitor))
     module = fit(config, each, *measured)
-    training = {step: metrics for step, metrics in tracker.points if "train/loss" in metrics}
-    validation = {step: metrics for step, metrics in tracker.points if "val/loss" in metrics}
+    training = {step: metrics for step, metrics in tracker.curves if "train/loss" in metrics}
+    validation = {step: metrics for step, metrics in tracker.curves if "val/loss" in metrics}
     assert (list(training), list(validation)) == ([3, 6], [4, 8])  # 4 steps an epoch
-    assert len(tracker.points) == 4
+    assert len(tracker.curves) == 4
     for step, metrics in training.items():
         loss, accuracy, rate = each.figures[step - 1]
         counts = {"data/bad_samples": 5, "train/loss_spikes": 0, "train/skipped_steps": 0}
@@ -72,7 +57,7 @@ def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fi
         assert metrics["train/loss"] == pytest.approx(loss, rel=1e-5)  # float32
         assert metrics["train/accuracy"] == pytest.approx(accuracy, rel=1e-6)
         assert metrics["train/learning_rate"] == rate
-    assert tracker.num_flushed == len(tracker.points), "a validation is saved, and its points must be before"
+    assert tracker.num_flushed == len(tracker.curves), "a validation is saved, and its points must be before"
     assert module.metrics is not None
     names = ("accuracy", "loss", "macro_f1", "auroc", "average_precision", "ece")
     assert validation[8] == {
@@ -84,12 +69,12 @@ def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fi
 def test_a_class_without_samples_has_no_curve(
     tiny_config: Config, make_classifier: Callable[[Config], Classifier], tmp_path: Path
 ) -> None:
-    tracker, module = Tracker(), make_classifier(tiny_config)
+    tracker, module = Listener(), make_classifier(tiny_config)
     module.metrics = Metrics(2, 0.5, 0.25, [1.0, float("nan"), 0.0])
     ledger, monitor = BadSampleLedger(tmp_path, tiny_config.data), StepMonitor(tiny_config)
     curves = TrainingCurves(tracker, CLASS_NAMES, 1, ledger, monitor)
     curves.on_validation_end(L.Trainer(logger=False, accelerator="cpu"), module)
-    ((_, metrics),) = tracker.points
+    ((_, metrics),) = tracker.curves
     assert metrics == {"val/loss": 0.25, "val/accuracy": 0.5, "val/recall/blue": 1.0, "val/recall/red": 0.0}
 
 
