@@ -81,10 +81,14 @@ class Chain:
         return self.path.with_name("parity.json") if self.run_dir is None else self.run_dir / PARITY
 
     @property
+    def is_own_file(self) -> bool:
+        """Whether it lies where its run's last export put it."""
+        return self.run_dir is not None and self.path.resolve() == (self.run_dir / MODEL).resolve()
+
+    @property
     def is_exported_file(self) -> bool:
         """Whether the file is proved to be the one that was exported. The run's own must be the last that was."""
-        own = self.run_dir is not None and self.path.resolve() == (self.run_dir / MODEL).resolve()
-        return self.sha256 in (self.claims[:1] if own else self.claims)
+        return self.sha256 in (self.claims[:1] if self.is_own_file else self.claims)
 
     @property
     def exported_sha256(self) -> str:
@@ -198,10 +202,19 @@ def _mlflow_run_of(chain: Chain, config: Config, client: "MlflowClient") -> str:
 
 
 def _version_of_file(chain: Chain, client: "MlflowClient") -> "ModelVersion | None":
-    """The version of this very file; else the latest of its run, whose tag or whose file is then wrong."""
-    found = client.search_model_versions(f"run_id = '{chain.mlflow_run}'")
-    known = {chain.sha256, chain.recorded_sha256}
-    return max(found, key=lambda each: (each.tags.get(SHA256_TAG) in known, int(each.version)), default=None)
+    """The version of this very file, or of the one that should be here; without a run folder to tell, the latest of the run."""
+    found = sorted(client.search_model_versions(f"run_id = '{chain.mlflow_run}'"), key=lambda each: -int(each.version))
+    for sha256 in [chain.exported_sha256] if chain.is_own_file else [chain.sha256, chain.exported_sha256]:
+        for version in found:
+            if sha256 in (version.tags.get(SHA256_TAG), _logged_sha256(version, client)):
+                return version
+    return found[0] if found and chain.record is None else None
+
+
+def _logged_sha256(version: "ModelVersion", client: "MlflowClient") -> str:
+    """What the logged model below a version says its file is: where the version's own tag was changed, this one tells."""
+    model_id = str(version.source).removeprefix("models:/")
+    return str(client.get_logged_model(model_id).tags.get(SHA256_TAG, "")) if model_id.startswith("m-") else ""
 
 
 # ---- the links ----
@@ -264,7 +277,7 @@ def _parity_link(chain: Chain) -> Link:
     path = chain.parity_path
     if not path.is_file():
         return Link("parity", "not reachable", f"{path}: no such report")
-    if chain.recorded_sha256 and chain.recorded_sha256 != chain.exported_sha256 and chain.by_version:
+    if chain.recorded_sha256 and chain.recorded_sha256 != chain.exported_sha256:
         return Link("parity", "not reachable", f"{path}: is of a later export of the run")
     if chain.recorded_parity and chain.recorded_parity != (found := sha256_of(path)):
         return compared("parity", path, {"sha256": (found, chain.recorded_parity)})

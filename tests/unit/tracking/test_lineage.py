@@ -209,14 +209,16 @@ def test_a_copy_of_the_file_leads_to_its_run_even_if_that_was_moved_aside(traced
     assert (code, states["ONNX file"]) == (3, "BROKEN"), traced.said
 
 
-def export_again(traced: Traced) -> None:
-    """Another file of the same run, which becomes version 2."""
+def export_again(traced: Traced, register: bool = True) -> None:
+    """Another file of the same run, which becomes version 2, unless it still waits for its delivery."""
     record = RunRecord.require(traced.config.run_dir)
     model = onnx.load(traced.model)
     model.producer_version = "again"
     onnx.save(model, traced.model)
     write_json(traced.config.run_dir / PARITY, {"passed": True, "sha256": sha256_of(traced.model)})
     record.finish_stage("export", "j" * 64, [traced.model, traced.config.run_dir / PARITY])
+    if not register:
+        return
     entry = model_entry(traced.config.run_dir, traced.name, **tags_of(traced))
     entry["tags"]["onnx_sha256"] = sha256_of(traced.model)
     assert register_model(traced.registry.client, traced.run_id, traced.config.run_dir, entry) == "2"
@@ -230,9 +232,19 @@ def test_a_version_stays_whole_when_its_run_is_exported_again(traced: Traced) ->
     assert traced.ask() == (0, dict.fromkeys(LINKS, "verified")), traced.said
 
 
-def test_an_older_file_in_the_place_of_the_last_export_is_found(traced: Traced) -> None:
+def test_an_export_that_is_not_registered_yet_is_not_held_against_an_earlier_version(traced: Traced, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(traced.model, tmp_path / "copy.onnx"))
+    export_again(traced, register=False)
+    code, states = traced.ask()
+    assert (code, {name for name, state in states.items() if state != "verified"}) == (0, {"version"}), traced.said
+    code, states = traced.ask(str(copy))  # of version 1
+    assert (code, {name for name, state in states.items() if state != "verified"}) == (0, {"parity"}), traced.said
+
+
+@pytest.mark.parametrize("register", [True, False])
+def test_an_older_file_in_the_place_of_the_last_export_is_found(traced: Traced, register: bool) -> None:
     earlier = traced.model.read_bytes()
-    export_again(traced)
+    export_again(traced, register)
     traced.model.write_bytes(earlier)
     code, states = traced.ask()
     assert (code, [name for name, state in states.items() if state == "BROKEN"]) == (3, ["ONNX file"]), traced.said
