@@ -283,6 +283,8 @@ CANNOT_CHANGE_THE_WEIGHTS = {
     "export.opset",
     "export.tolerance",
     "export.max_batch_size",
+    "tracking.max_drop",
+    "tracking.model",
     "tracking.uri",
     "tracking.experiment",
 }

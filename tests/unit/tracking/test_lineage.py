@@ -250,6 +250,15 @@ def test_an_older_file_in_the_place_of_the_last_export_is_found(traced: Traced, 
     assert (code, [name for name, state in states.items() if state == "BROKEN"]) == (3, ["ONNX file"]), traced.said
 
 
+def test_a_tag_that_was_changed_to_fit_does_not_make_an_older_file_the_last_export(traced: Traced) -> None:
+    earlier, sha256 = traced.model.read_bytes(), sha256_of(traced.model)
+    export_again(traced)
+    traced.model.write_bytes(earlier)
+    traced.registry.client.set_model_version_tag(traced.name, "2", "onnx_sha256", sha256)
+    code, states = traced.ask()
+    assert (code, states["ONNX file"]) == (3, "BROKEN"), traced.said
+
+
 def test_of_an_older_version_the_changed_file_alone_is_broken(traced: Traced) -> None:
     export_again(traced)
     append(stored_file(traced))
