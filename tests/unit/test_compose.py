@@ -70,3 +70,10 @@ def test_the_image_is_named_after_the_version_in_the_lock_file() -> None:
 def test_the_documentation_sets_every_variable_that_is_asked_for() -> None:
     (block,) = re.findall(r"cat > team\.env <<END\n(.*?)\nEND", (REPOSITORY / "docs/tracking.md").read_text(), flags=re.DOTALL)
     assert {line.split("=")[0] for line in block.splitlines()} == set(REQUIRED.findall(TEXT))
+
+
+def test_secrets_and_backups_of_the_documentation_get_into_no_commit_and_no_image() -> None:
+    written = set(re.findall(r"(?<!-)> (\w+\.\w+)", (REPOSITORY / "docs/tracking.md").read_text()))
+    assert written == {"team.env", "mlflow.dump", "store.tar"}
+    assert written <= {line.lstrip("/") for line in (REPOSITORY / ".gitignore").read_text().splitlines()}
+    assert written <= set((REPOSITORY / ".dockerignore").read_text().splitlines())
