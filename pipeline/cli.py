@@ -427,7 +427,7 @@ def train(argv: list[str]) -> int:
         "best": f"{config.run_dir / record.best['path']}  {record.best['monitor']} {record.best['value']:.4f}",
         "steps": f"{record.steps:,} on {record.world_size} processes",
         **_gap_of(config.run_dir),
-        "run": f"{record.mlflow['run_id'] or 'not made yet'} in {record.mlflow['uri']} (look at it with `make ui`)",
+        "run": f"{record.mlflow['run_id'] or 'not made yet'} in {record.mlflow['uri']} (look at it with `shardline ui`)",
         **local,
     }
     closing_box("trained", facts, _next_of_train("evaluate", argv))

@@ -106,9 +106,9 @@ def _model_entry(config: Config, record: RunRecord, parity: Parity, task: Task) 
     assert record.best is not None
     worst = max(case.max_abs for case in parity.cases)
     evaluation = _evaluation_of(config, record)
-    result = "**not evaluated yet**"
+    result = "not evaluated yet"
     if evaluation:
-        result = f"**{evaluation['split']} accuracy {float(evaluation['accuracy']):.4f}** on {evaluation['num_samples']} images"
+        result = f"{evaluation['split']} accuracy {float(evaluation['accuracy']):.4f} on {evaluation['num_samples']} images"
     return {
         "name": config.registered_model,
         "model": str(MODEL),
@@ -126,9 +126,8 @@ def _model_entry(config: Config, record: RunRecord, parity: Parity, task: Task) 
             "checkpoint_sha256": record.best["sha256"],
             "data_digest": record.data_digest,
             "job_id": record.job_id,
-            "run_name": record.name,
             "git_commit": record.git["commit"] or "",
-            **evaluation,
+            **({"accuracy": evaluation["accuracy"]} if evaluation else {}),
         },
         "requirements": [f"onnxruntime=={onnxruntime.__version__}"],
         "time": int(time.time() * 1000),

@@ -113,7 +113,7 @@ class Dynamics(L.Callback):
         picture = self._write(gap=None)
         if self.tracker is not None:
             self.tracker.log_image("val/dynamics", picture, trainer.global_step)
-            finite = {f"dynamics/{name}": value for name, value in figures.items() if np.isfinite(value)}
+            finite = {f"watch/{name}": value for name, value in figures.items() if np.isfinite(value)}
             self.tracker.log(finite, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -126,7 +126,7 @@ class Dynamics(L.Callback):
             say(str(gap))
         if self.tracker is not None:
             if gap is not None:
-                self.tracker.log_final({"dynamics/gap": gap.gap})
+                self.tracker.log_final({"watch/gap": gap.gap})
             for path in (PICTURE, FIGURES):
                 self.tracker.log_file(self.config.run_dir / path)
 

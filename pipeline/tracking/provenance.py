@@ -1,5 +1,6 @@
 """Where a run comes from: code, packages, machine, command and data, as tags, parameters and data sets of MLflow."""
 
+import getpass
 import hashlib
 import json
 import operator
@@ -19,25 +20,10 @@ from pipeline.tracking.journal import Entry
 from pipeline.tracking.server import without_credentials
 
 JOB_TAG = "shardline.job_id"
-# What two runs of a project usually differ in. A picture in MLflow's run page is labelled with all parameters, so there are
-# few; a setting that is not its default comes on top of them.
-COMPARED = (
-    "data.global_batch_size",
-    "loss.label_smoothing",
-    "loss.name",
-    "model.dropout",
-    "model.name",
-    "model.weights",
-    "optimizer.lr",
-    "optimizer.name",
-    "optimizer.weight_decay",
-    "scheduler.name",
-    "seed",
-    "trainer.ema_decay",
-    "trainer.max_epochs",
-    "trainer.precision",
-)
-SECTIONS = ("seed", "preprocess.", "data.", "model.", "loss.", "optimizer.", "scheduler.", "trainer.")
+# What two runs of a project usually differ in; a setting that is not its default comes on top of them. MLflow's page prints
+# all parameters above each picture and so leaves little of it when there are many; config.yaml has every setting.
+COMPARED = ("data.global_batch_size", "model.name", "optimizer.lr", "optimizer.name", "seed", "trainer.max_epochs")
+SECTIONS = ("seed", "data.", "model.", "loss.", "optimizer.", "scheduler.", "trainer.")
 DIGEST_LENGTH = 36  # as much as MLflow takes
 VALUE_LENGTH = 250
 
@@ -73,6 +59,7 @@ def _code_tags(record: RunRecord) -> dict[str, str]:
     command = without_credentials(shlex.join(["shardline", *sys.argv[1:]]))
     return tags | {
         "mlflow.source.name": command[:VALUE_LENGTH],
+        "mlflow.user": getpass.getuser(),
         "mlflow.source.type": "LOCAL",
         "packages.sha256": packages_sha256(),
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("shardline", "torch", "lightning", "mlflow")),

@@ -99,11 +99,13 @@ class RunTracker:
         """Have what was said survive a power cut. A checkpoint must come after it: the steps before are not taken again."""
         self._guard(self._points.make_durable)
 
-    def begin(self, config: Config, record: RunRecord, status: Status | None, inputs: list[Entry]) -> None:
-        """Say what the run is, and how it stands now."""
+    def begin(self, config: Config, record: RunRecord, status: Status | None, inputs: list[Entry] | None) -> None:
+        """Say what the run is, with its data sets, and how it stands now. A stage after training adds nothing to that."""
         described = describe_run(config, record)
         settings = described.pop("config")
-        self._add(self._points, {"begin": described, "inputs": inputs})
+        if inputs is None:
+            described |= {"tags": {}, "params": {}}
+        self._add(self._points, {"begin": described, "inputs": inputs or []})
         if inputs:
             self._add(self._files, {"text": yaml.safe_dump(settings, sort_keys=False), "name": "config.yaml"})
         self._say_status(status)
@@ -181,7 +183,7 @@ def open_tracker(
     is watched.
     """
     tracker = RunTracker(config.run_dir, server_of(config), sample=status == "RUNNING")
-    tracker.begin(config, record, status, [] if manifest is None else describe_dataset(manifest))
+    tracker.begin(config, record, status, None if manifest is None else describe_dataset(manifest))
     tracker.start_delivery()
     place = place_of(config.run_dir)
     if place.uri == tracker.server.uri:

@@ -77,8 +77,8 @@ class TrainingCurves(L.Callback):
     def _changed_counts(self, num_bad: float) -> dict[str, float]:
         """Counts that are not what they were at the last point: each point costs 0.1 ms, and most runs have three zeros."""
         watched = {"train/loss_spikes": self.monitor.losses.num_spikes, "train/skipped_steps": self.monitor.num_skipped}
-        before, self.counts = self.counts, {"data/bad_samples": num_bad, **watched}
-        return {name: count for name, count in self.counts.items() if before.get(name) != count}
+        before, self.counts = self.counts, {"train/bad_samples": num_bad, **watched}
+        return {name: count for name, count in self.counts.items() if before.get(name, 0) != count}
 
     def state_dict(self) -> dict[str, Any]:
         """What was said last, so that a run which goes on says the same as an undisturbed one."""

@@ -120,6 +120,17 @@ def test_mlflow_holds_one_finished_run_with_curves_and_final_figures(workspace: 
     assert {"report.html", "model_card.md"} <= kept
 
 
+def test_the_exported_model_becomes_champion_and_is_traced_back_to_its_data(workspace: Path, chain: dict[str, str]) -> None:
+    promoted = shardline("promote", cwd=workspace)
+    assert promoted.returncode == 0, promoted.stderr
+    assert "models:/digits@champion is version 1" in promoted.stdout
+    traced = shardline("lineage", "models:/digits@champion", cwd=workspace)
+    assert traced.returncode == 0, traced.stderr
+    assert "all 7 verified" in traced.stdout
+    worse = shardline("promote", "--tracking.model=unknown", cwd=workspace)
+    assert (worse.returncode, worse.stderr.count("\n")) == (2, 1)
+
+
 def test_a_second_time_nothing_is_done(workspace: Path, chain: dict[str, str]) -> None:
     def state() -> dict[Path, int]:
         folders = (workspace / "data/digits", workspace / "runs/digits")

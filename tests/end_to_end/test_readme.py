@@ -33,6 +33,7 @@ def clone(workspace: Path, tmp_path: Path) -> Path:
     for name in ("data", "runs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "digits").symlink_to(workspace / name / "digits")
+    (tmp_path / "runs/mlflow.db").symlink_to(workspace / "runs/mlflow.db")
     (tmp_path / "data/foreign").mkdir()
     for shard in ("train-000000.tar", "train-000001.tar", "val-000000.tar"):
         (tmp_path / "data/foreign" / shard).symlink_to(workspace / "data/digits" / shard)

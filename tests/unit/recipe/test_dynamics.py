@@ -51,7 +51,7 @@ def test_the_same_images_are_looked_at_before_the_first_step_and_after_each_epoc
     assert last["answer"] == answers.argmax(dim=1).tolist()
     assert [step for step, _ in tracker.curves] == [0, 4, 8, 12]
     assert set(tracker.curves[0][1]) < set(tracker.curves[1][1]), "before the first step there is no gradient"
-    assert tracker.curves[1][1]["dynamics/update_median"] > 0
+    assert tracker.curves[1][1]["watch/update_median"] > 0
     assert len(tracker.curves[1][1]) == 11, "a few curves, however many layers"
     assert tracker.kept == ["dynamics.png", "dynamics.json"]
     with Image.open(config.run_dir / "dynamics.png") as picture:
@@ -81,7 +81,7 @@ def test_the_end_says_whether_training_and_validation_agree(
     gap = found["gap"]
     assert [gap["train_accuracy"], gap["val_accuracy"]] == pytest.approx(expected, rel=1e-6)
     assert gap["commonest"] == pytest.approx(1 / 3)
-    assert tracker.figures == {"dynamics/gap": gap["gap"]}
+    assert tracker.figures == {"watch/gap": gap["gap"]}
     assert gap["summary"] in capsys.readouterr().out
 
 
