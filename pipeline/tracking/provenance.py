@@ -9,6 +9,7 @@ import platform
 import shlex
 import socket
 import sys
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pipeline.tracking.server import without_credentials
 
 JOB_TAG = "shardline.job_id"
 # What two runs of a project usually differ in; a setting that is not its default comes on top of them. MLflow's page prints
-# all parameters above each picture and so leaves little of it when there are many; config.yaml has every setting.
+# all parameters above each picture and so leaves little of it when they are many or long; config.yaml has every setting.
 COMPARED = ("data.global_batch_size", "model.name", "optimizer.lr", "optimizer.name", "seed", "trainer.max_epochs")
 SECTIONS = ("seed", "data.", "model.", "loss.", "optimizer.", "scheduler.", "trainer.")
 DIGEST_LENGTH = 36  # as much as MLflow takes
@@ -49,7 +50,14 @@ def parameters(config: Config) -> dict[str, str]:
         if key in COMPARED or chosen:
             values = {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
             found |= {name: without_credentials(str(each))[:VALUE_LENGTH] for name, each in values.items()}
-    return found
+    return _with_short_names(found)
+
+
+def _with_short_names(values: dict[str, str]) -> dict[str, str]:
+    """`optimizer.args.momentum` as `momentum`, `model.name` as `model`; where two would be the same, the whole key."""
+    short = {key: key.removesuffix(".name").rpartition(".")[2] for key in values}
+    count = Counter(short.values())
+    return {short[key] if count[short[key]] == 1 else key: value for key, value in values.items()}
 
 
 def _code_tags(record: RunRecord) -> dict[str, str]:

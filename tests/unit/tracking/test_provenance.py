@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config, DatasetConfig, LossConfig, ModelConfig
+from pipeline.config import Config, DatasetConfig, LossConfig, ModelConfig, OptimizerConfig, SchedulerConfig
 from pipeline.manifest import DatasetManifest
 from pipeline.run import RunRecord
 from pipeline.tracking import provenance
@@ -14,9 +14,16 @@ from pipeline.tracking.provenance import describe_dataset, describe_run, paramet
 def test_parameters_are_few_and_name_what_differs() -> None:
     plain = parameters(Config())
     assert len(plain) <= 6
-    assert {"model.name", "optimizer.lr", "seed", "trainer.max_epochs"} <= plain.keys()
+    assert {"model", "lr", "seed", "max_epochs"} <= plain.keys()
     other = parameters(Config(loss=LossConfig(pos_weight="balanced"), model=ModelConfig(width=0.5)))
-    assert other.keys() - plain.keys() == {"loss.pos_weight", "model.width"}
+    assert other.keys() - plain.keys() == {"pos_weight", "width"}
+
+
+def test_two_settings_of_one_name_have_their_whole_keys() -> None:
+    both = Config(optimizer=OptimizerConfig(args={"x": 1}), scheduler=SchedulerConfig(args={"x": 2, "y": 3}))
+    found = parameters(both)
+    assert (found["optimizer.args.x"], found["scheduler.args.x"], found["y"]) == ("1", "2", "3")
+    assert "x" not in found
 
 
 def test_settings_that_cannot_change_the_weights_are_no_parameters() -> None:
