@@ -17,9 +17,10 @@ from pipeline.tracking.journal import read_entries
 from tests.mlflow_server import MlflowServer, Proxy, mlflow_server, proxy_before
 from tests.processes import shardline, wait_until
 
-SETTINGS = ["--trainer.max_epochs=20", "--trainer.log_every_steps=1", "--model.channels=[8]", "--data.num_workers=0"]
+SETTINGS = ["--trainer.log_every_steps=1", "--model.channels=[8]", "--data.num_workers=0"]
 SETTINGS += ["--data.global_batch_size=64", "--preprocess.resize=[16,16]"]
-STEPS = 320
+STEPS_AN_EPOCH = 16
+LONG, SHORT = 20, 4  # epochs
 MOST_SECONDS = 0.05
 MOST_CPU_SECONDS = 300e-6
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}
@@ -52,10 +53,11 @@ def newest_step(run_dir: Path) -> int:
     return max((step for entry, _ in entries for _, _, _, step in entry.get("points", ())), default=0)
 
 
-def train(workspace: Path, name: str, uri: str, during: Callable[[Path], None], **environment: str) -> None:
+def train(workspace: Path, name: str, uri: str, during: Callable[[Path], None], epochs: int, **environment: str) -> None:
     """Train as one rank while `during` makes its trouble; requires that its main thread hardly noticed."""
     run_dir, report = workspace / "runs" / name, workspace / f"{name}.json"
     arguments = [f"--name={name}", "--dataset.path=data/digits", f"--tracking.uri={uri}", *SETTINGS]
+    arguments.append(f"--trainer.max_epochs={epochs}")
     trouble = threading.Thread(target=during, args=(run_dir,))
     trouble.start()
     done = subprocess.run(
@@ -69,7 +71,7 @@ def train(workspace: Path, name: str, uri: str, during: Callable[[Path], None], 
     )
     trouble.join()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert newest_step(run_dir) == STEPS
+    assert newest_step(run_dir) == epochs * STEPS_AN_EPOCH
     found = json.loads(report.read_text())
     seconds, what = found["longest_wait"]
     cpu, opened = found["cpu_seconds"] / found["calls"], found["open"][0]
@@ -91,7 +93,7 @@ def require_all_there(workspace: Path, name: str, server: MlflowServer) -> None:
         for entry, _ in read_entries(path):
             for key, value, _, step in [*entry.get("points", ()), *entry.get("final", ())]:
                 told.setdefault(key, []).append((step, value))
-    assert len(told["train/loss"]) == STEPS
+    assert [step for step, _ in told["train/loss"]] == list(range(1, len(told["train/loss"]) + 1))
     client = MlflowClient(server.uri)
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
@@ -115,7 +117,7 @@ def test_a_server_that_is_killed_and_comes_back(workspace: Path, server: MlflowS
         wait_until(lambda: newest_step(run_dir) >= 200, "step 200")
         server.start()
 
-    train(workspace, "killed", server.uri, kill_and_restart)
+    train(workspace, "killed", server.uri, kill_and_restart, LONG)
     require_all_there(workspace, "killed", server)
 
 
@@ -129,7 +131,7 @@ def test_a_server_that_hangs_for_a_while(workspace: Path, server: MlflowServer, 
         server.send(signal.SIGCONT)
 
     name = f"hangs-{seconds:.0f}"
-    train(workspace, name, server.uri, stop, **({"MLFLOW_HTTP_REQUEST_TIMEOUT": "30"} if seconds > 30 else {}))
+    train(workspace, name, server.uri, stop, LONG, **({"MLFLOW_HTTP_REQUEST_TIMEOUT": "30"} if seconds > 30 else {}))
     require_all_there(workspace, name, server)
 
 
@@ -137,7 +139,7 @@ def test_a_server_that_hangs_for_a_while(workspace: Path, server: MlflowServer, 
 @pytest.mark.parametrize("fault", ["500", "401", "artifacts"])
 def test_a_server_that_fails_throughout(workspace: Path, server: MlflowServer, proxy: Proxy, fault: str) -> None:
     proxy.fault = fault  # type: ignore[assignment]
-    train(workspace, f"fails-{fault}", proxy.uri, left_alone)
+    train(workspace, f"fails-{fault}", proxy.uri, left_alone, SHORT)
     refused = shardline("sync", f"runs/fails-{fault}", cwd=workspace, **PATIENCE)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
@@ -151,7 +153,7 @@ def test_a_server_that_fails_throughout(workspace: Path, server: MlflowServer, p
 @pytest.mark.timeout(400)
 def test_a_server_that_takes_its_time(workspace: Path, server: MlflowServer, proxy: Proxy) -> None:
     proxy.fault = "slow"
-    train(workspace, "slow", proxy.uri, left_alone, MLFLOW_HTTP_REQUEST_TIMEOUT="30")
+    train(workspace, "slow", proxy.uri, left_alone, SHORT, MLFLOW_HTTP_REQUEST_TIMEOUT="30")
     assert proxy.num_requests > 1
     proxy.fault = "none"
     require_all_there(workspace, "slow", server)
@@ -159,7 +161,8 @@ def test_a_server_that_takes_its_time(workspace: Path, server: MlflowServer, pro
 
 def test_no_server_at_all(workspace: Path, server: MlflowServer) -> None:
     uri = "http://127.0.0.1:9"
-    done = shardline("train", "--name=alone", "--dataset.path=data/digits", f"--tracking.uri={uri}", *SETTINGS, cwd=workspace)
+    settings = [*SETTINGS, f"--trainer.max_epochs={SHORT}", f"--tracking.uri={uri}", "--dataset.path=data/digits"]
+    done = shardline("train", "--name=alone", *settings, cwd=workspace)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert f"MLflow at {uri} cannot be reached" in said
@@ -170,4 +173,4 @@ def test_no_server_at_all(workspace: Path, server: MlflowServer) -> None:
     assert moved.returncode == 0, moved.stderr
     run_id = json.loads((workspace / "runs/alone/run.json").read_text())["mlflow"]["run_id"]
     history = MlflowClient(server.uri).get_metric_history(run_id, "train/loss")
-    assert [point.step for point in history] == list(range(1, STEPS + 1))
+    assert [point.step for point in history] == list(range(1, SHORT * STEPS_AN_EPOCH + 1))
