@@ -6,7 +6,6 @@ more than `tracking.max_drop` cannot (the interval lies above it). Every decisio
 """
 
 import datetime
-import getpass
 import json
 import tempfile
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.comparison import Comparison, compare_paired, read_correct
 from pipeline.errors import RunError, ShardlineError
+from pipeline.tracking.provenance import user_name
 from pipeline.tracking.registry import CANDIDATE, CHAMPION, alias_version
 
 if TYPE_CHECKING:
@@ -158,15 +158,8 @@ def _record(client: "MlflowClient", candidate: "ModelVersion", decision: Decisio
         "reason": decision.reason,
         "champion_version": decision.champion or "",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "by": _user(),
+        "by": user_name(),
         **numbers,
     }
     for key, value in facts.items():
         client.set_model_version_tag(candidate.name, candidate.version, f"promotion.{key}", value)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container without a name for its user
-        return "unknown"

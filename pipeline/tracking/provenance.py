@@ -67,11 +67,19 @@ def _code_tags(record: RunRecord) -> dict[str, str]:
     command = without_credentials(shlex.join(["shardline", *sys.argv[1:]]))
     return tags | {
         "mlflow.source.name": command[:VALUE_LENGTH],
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": user_name(),
         "mlflow.source.type": "LOCAL",
         "packages.sha256": packages_sha256(),
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("shardline", "torch", "lightning", "mlflow")),
     }
+
+
+def user_name() -> str:
+    """Who runs this."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without a name for its user
+        return "unknown"
 
 
 def packages_sha256() -> str:
