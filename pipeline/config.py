@@ -259,7 +259,7 @@ class ExportConfig:
 class TrackingConfig:
     """The MLflow run."""
 
-    uri: str = setting("", "tracking server; default a sqlite file in the runs folder", identity=False)
+    uri: str = setting("", "tracking server; default that of the run, or a sqlite file in the runs folder", identity=False)
     experiment: str = setting("shardline", "experiment that holds the run", identity=False)
     model: str = setting("", "registered model; default the run's name", identity=False)
     max_drop: float = setting(0.005, "accuracy that a promoted model may at worst have lost", identity=False)

@@ -87,7 +87,11 @@ def place_of(run_dir: Path) -> Place:
 
 
 def server_of(config: Config) -> Server:
-    """The configured server, or a sqlite file in the runs folder. Raises ConfigError for credentials in an address."""
+    """The configured server, or the one that the run is at already, or a sqlite file in the runs folder.
+
+    So a verb that is not told the server goes on with the run that another made. Raises ConfigError for credentials in an
+    address.
+    """
     uri = config.tracking.uri
     if _CREDENTIALS.search(uri):
         raise ConfigError(
@@ -96,6 +100,9 @@ def server_of(config: Config) -> Server:
         )
     if uri:
         return Server(uri, config.tracking.experiment)
+    place = place_of(config.run_dir)
+    if place.uri.startswith(("http://", "https://")):
+        return Server(place.uri, place.experiment)
     runs_dir = Path(config.runs_dir).resolve()
     return Server(f"sqlite:///{runs_dir / DATABASE}", config.tracking.experiment, (runs_dir / ARTIFACTS).as_uri())
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -57,6 +58,11 @@ def curves_of(workspace: Path, run_dir: Path) -> dict[str, list[tuple[int, float
     (experiment,) = client.search_experiments(filter_string="name = 'shardline'")
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`shardline.job_id` = '{record['job_id']}'")
     assert run.info.status == "FINISHED"
+    with sqlite3.connect(workspace / "runs/mlflow.db") as database:
+        query = "SELECT key, step FROM metrics WHERE run_uuid = ? GROUP BY key, step HAVING COUNT(*) > 1"
+        assert database.execute(query, (run.info.run_id,)).fetchall() == []
+        jobs = database.execute("SELECT COUNT(*) FROM tags WHERE value = ?", (record["job_id"],)).fetchone()
+        assert jobs == (1,)
     # How fast a run was is another matter each time.
     names = [name for name in run.data.metrics if not name.startswith(("perf/", "system/")) and name not in TIMES]
     histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}

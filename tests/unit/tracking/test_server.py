@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import Config, TrackingConfig
 from pipeline.errors import ConfigError
-from pipeline.tracking.server import Server, server_of, without_credentials
+from pipeline.tracking.server import Place, Server, server_of, without_credentials
 from tests.processes import wait_until
 
 
@@ -21,6 +21,16 @@ def test_runs_are_tracked_in_the_runs_folder_unless_a_server_is_named(
     named = server_of(dataclasses.replace(config, tracking=TrackingConfig(uri="http://127.0.0.1:5000")))
     assert named == Server("http://127.0.0.1:5000", "shardline", None)
     assert Server.from_arguments(named.arguments()) == named
+
+
+def test_a_verb_that_is_not_told_the_server_goes_on_with_the_one_of_the_run(config: Config, tmp_path: Path) -> None:
+    here = dataclasses.replace(config, runs_dir=str(tmp_path))
+    Place("http://127.0.0.1:5000", "shapes", run_id="a").save(here.run_dir)
+    assert server_of(here) == Server("http://127.0.0.1:5000", "shapes")
+    told = dataclasses.replace(here, tracking=TrackingConfig(uri="http://127.0.0.1:6000"))
+    assert server_of(told).uri == "http://127.0.0.1:6000"
+    Place(server_of(config).uri, "shardline").save(here.run_dir)
+    assert server_of(here).uri == f"sqlite:///{tmp_path}/mlflow.db", "runs may have been moved with their database"
 
 
 def test_a_password_in_the_address_is_refused() -> None:
