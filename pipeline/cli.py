@@ -671,15 +671,18 @@ def sync(argv: list[str]) -> int:
     parser.add_argument("run", help="run folder, for example runs/digits")
     parser.add_argument("--uri", default="", help="tracking server; default: the run's own")
     options = parse_arguments(parser, argv)
-    run_dir = Path(options.run)
+    run_dir = Path(options.run).resolve()
     record = RunRecord.require(run_dir)
     config = load_config(run_dir / CONFIG_NAME)
-    tracking = dataclasses.replace(config.tracking, uri=options.uri or config.tracking.uri)
     from pipeline.tracking.deliver import deliver_now
     from pipeline.tracking.run import run_in
-    from pipeline.tracking.server import server_of
+    from pipeline.tracking.server import place_of, server_of
 
-    place = deliver_now(run_dir, server_of(dataclasses.replace(config, tracking=tracking)))
+    # The folder may have been moved, copied or renamed since, and this may be another place than it was trained from.
+    known = config.tracking.uri and (place_of(run_dir).uri or config.tracking.uri)
+    tracking = dataclasses.replace(config.tracking, uri=options.uri or known)
+    moved = dataclasses.replace(config, name=run_dir.name, runs_dir=str(run_dir.parent), tracking=tracking)
+    place = deliver_now(run_dir, server_of(moved))
     record.mlflow = run_in(place)
     record.save()
     closing_box("delivered", {"run": f"{place.run_id} in {place.uri}", "experiment": place.experiment})
