@@ -1,13 +1,16 @@
 import dataclasses
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 from PIL import Image
 
+from pipeline.cli import main
 from pipeline.config import Config
 from pipeline.errors import RunError
 from pipeline.files import locked
@@ -19,6 +22,7 @@ from pipeline.tracking.journal import Journal
 from pipeline.tracking.provenance import describe_dataset
 from pipeline.tracking.run import RunTracker
 from pipeline.tracking.server import Server, place_of
+from tests.processes import wait_until
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -270,6 +274,7 @@ def test_a_parameter_that_changed_is_told_as_a_tag(
     [
         ("API request failed with error code 401 != 200", "asks for a name and a password"),
         ("error code 403 != 200", "does not permit it"),
+        ("host='127.0.0.1', port=54013): Connection refused", "cannot be reached"),
         ("HTTPConnectionPool(...): Read timed out. (read timeout=30)", "does not answer"),
         ("[Errno 111] Connection refused", "cannot be reached"),
         ("too many 500 error responses", "does not take it"),
@@ -282,3 +287,63 @@ def test_trouble_is_told_in_a_line_without_passwords(error: str, words: str) -> 
     assert words.removesuffix(")") in said
     assert "secret" not in said
     assert "\n" not in said
+
+
+def test_a_run_whose_database_was_thrown_away_is_made_anew(config: Config, server: Server, open_here: Open) -> None:
+    tracker = open_here()
+    tracker.log({"train/loss": 1.0}, 1)
+    before = deliver_now(config.run_dir, server)
+    lost = dataclasses.replace(before, run_id="0" * 32)
+    lost.save(config.run_dir)
+    tracker.log({"train/loss": 0.5}, 2)
+    tracker.finish()
+    place = deliver_now(config.run_dir, server)
+    assert place.run_id == before.run_id, "found by its job"
+    points = server.client().get_metric_history(str(place.run_id), "train/loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1.0), (2, 0.5)]
+
+
+def test_a_full_disk_does_not_end_the_process_that_delivers(
+    config: Config, open_here: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(place: object, run_dir: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    open_here()
+    delivery = Delivery(config.run_dir, GONE)
+    monkeypatch.setattr(deliver_module.Place, "save", refuse)
+    delivery.round()
+    assert "cannot be reached" in delivery.place.trouble
+
+
+def test_a_run_folder_that_was_renamed_is_delivered_to_its_own_run_from_anywhere(
+    config: Config, record: RunRecord, server: Server, open_here: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relative = dataclasses.replace(config, runs_dir="runs")
+    tracker = open_here()
+    deliver_now(config.run_dir, server)
+    tracker.log({"train/loss": 1.0}, 1)
+    tracker.finish()
+    renamed = config.run_dir.rename(config.run_dir.with_name(f"{config.name}.20261126-034500"))
+    (renamed / "config.yaml").write_text(yaml.safe_dump(relative.as_dict()))
+    monkeypatch.chdir(tmp_path)
+    assert main(["sync", str(renamed)]) == 0
+    place = place_of(renamed)
+    assert place.uri == server.uri
+    assert server.client().get_run(str(place.run_id)).data.metrics == {"train/loss": 1.0}
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_process_that_delivers_outlives_the_signals_that_stop_a_job(
+    config: Config, server: Server, open_here: Open
+) -> None:
+    tracker = open_here()
+    tracker.start_delivery()
+    process = tracker._deliverer
+    assert process is not None
+    wait_until(lambda: place_of(config.run_dir).run_id is not None, "the run", seconds=60)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        process.send_signal(number)
+    tracker.finish("KILLED")
+    assert process.wait(timeout=60) == 0
+    assert server.client().get_run(str(place_of(config.run_dir).run_id)).info.status == "KILLED"
