@@ -21,7 +21,7 @@ from pipeline.tracking.deliver import Delivery, batches, deliver, deliver_now, d
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.provenance import describe_dataset
 from pipeline.tracking.run import RunTracker
-from pipeline.tracking.server import Server, place_of
+from pipeline.tracking.server import Place, Server, place_of
 from tests.processes import wait_until
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ def test_a_full_disk_does_not_end_the_process_that_delivers(
 
     open_here()
     delivery = Delivery(config.run_dir, GONE)
-    monkeypatch.setattr(deliver_module.Place, "save", refuse)
+    monkeypatch.setattr(Place, "save", refuse)
     delivery.round()
     assert "cannot be reached" in delivery.place.trouble
 
