@@ -89,6 +89,8 @@ class Delivery:
             except Exception as error:
                 patience.lose()
                 self._say(describe_trouble(error, self.server.uri))
+                if path.name == POINTS and "timed out" in str(error):
+                    break  # it would not answer the others either, and each call waits for half a minute
             else:
                 patience.failures = 0
         if not any(patience.failures for patience in self.patience.values()):

@@ -178,6 +178,22 @@ def test_a_server_that_is_not_there_is_left_alone_for_longer_and_longer(
     assert delivery.place.trouble.startswith("MLflow at http://127.0.0.1:9 cannot be reached (")
 
 
+def test_a_server_that_hangs_is_asked_once_a_round(config: Config, open_here: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = open_here()
+    tracker.log_file(config.run_dir / "run.json")
+    asked = []
+
+    def hang(self: Delivery, path: Path) -> None:
+        asked.append(path.name)
+        raise RuntimeError("Read timed out. (read timeout=30)")
+
+    monkeypatch.setattr(Delivery, "_send", hang)
+    delivery = Delivery(config.run_dir, GONE)
+    delivery.place.run_id = "a"
+    delivery.round()
+    assert asked == ["points.jsonl"]
+
+
 def test_another_server_gets_everything(config: Config, open_here: Open, deliver_here: Deliver, tmp_path: Path) -> None:
     tracker = open_here()
     tracker.log({"train/loss": 1.0}, 1)
