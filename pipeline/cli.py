@@ -672,7 +672,7 @@ def sync(argv: list[str]) -> int:
     parser.add_argument("--uri", default="", help="tracking server; default: the run's own")
     options = parse_arguments(parser, argv)
     run_dir = Path(options.run).resolve()
-    record = RunRecord.require(run_dir)
+    RunRecord.require(run_dir)
     config = load_config(run_dir / CONFIG_NAME)
     from pipeline.tracking.deliver import deliver_now
     from pipeline.tracking.run import run_in
@@ -683,8 +683,10 @@ def sync(argv: list[str]) -> int:
     tracking = dataclasses.replace(config.tracking, uri=options.uri or known)
     moved = dataclasses.replace(config, name=run_dir.name, runs_dir=str(run_dir.parent), tracking=tracking)
     place = deliver_now(run_dir, server_of(moved))
-    record.mlflow = run_in(place)
-    record.save()
+    record = RunRecord.require(run_dir)  # as it is now: another verb may have gone on with the run meanwhile
+    if record.mlflow != run_in(place):
+        record.mlflow = run_in(place)
+        record.save()
     closing_box("delivered", {"run": f"{place.run_id} in {place.uri}", "experiment": place.experiment})
     return 0
 

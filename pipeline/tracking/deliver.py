@@ -262,6 +262,8 @@ def wait_for_delivery(run_dir: Path, seconds: float) -> None:
 
 def deliver_now(run_dir: Path, server: Server) -> Place:
     """Deliver everything that is still local. Raises RunError when a job is at work there, or the server does not take it."""
+    if not journals_of(run_dir):
+        raise RunError(f"{run_dir}: there is nothing to deliver: no verb has tracked this run (no {FOLDER}).")
     is_training = last_status(run_dir) == "RUNNING"
     with locked(run_dir / FOLDER, wait_seconds=0.0 if is_training else LONGEST_DRAIN_SECONDS):
         delivery = Delivery(run_dir, server)

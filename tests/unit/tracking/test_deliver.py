@@ -350,6 +350,28 @@ def test_a_run_folder_that_was_renamed_is_delivered_to_its_own_run_from_anywhere
     assert not list(tmp_path.iterdir())
 
 
+def test_sync_leaves_the_record_as_another_verb_made_it_meanwhile(
+    config: Config, record: RunRecord, server: Server, open_here: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_here().finish()
+    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
+
+    def deliver_slowly(run_dir: Path, to: Server) -> Place:
+        record.outcome = "done"
+        record.save()
+        return deliver_now(run_dir, to)
+
+    monkeypatch.setattr(deliver_module, "deliver_now", deliver_slowly)
+    assert main(["sync", str(config.run_dir)]) == 0
+    after = RunRecord.require(config.run_dir)
+    assert (after.outcome, after.mlflow["uri"]) == ("done", server.uri)
+
+
+def test_a_run_that_nothing_was_tracked_of_is_not_said_to_be_delivered(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is nothing to deliver"):
+        deliver_now(tmp_path, GONE)
+
+
 def test_the_process_that_delivers_outlives_the_signals_that_stop_a_job(
     config: Config, server: Server, open_here: Open
 ) -> None:
