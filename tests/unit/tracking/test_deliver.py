@@ -68,6 +68,22 @@ def test_a_job_has_one_run_however_often_it_is_opened_and_delivered(
     assert run_of(second).info.status == "RUNNING"
 
 
+def test_a_run_that_a_timed_out_request_made_in_the_end_stays_the_only_one(
+    config: Config, record: RunRecord, server: Server, open_here: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = open_here()
+    first = deliver_now(config.run_dir, server)
+    tracker.finish()
+    forget(config)
+    delivery = Delivery(config.run_dir, server)
+    search = delivery.sender._runs_of
+    answers: list[list[str]] = [[]]  # as long as the first request is not served
+    monkeypatch.setattr(delivery.sender, "_runs_of", lambda job_id: answers.pop() if answers else search(job_id))
+    delivery.round()
+    assert delivery.place.run_id == first.run_id
+    assert search(record.job_id) == [first.run_id]
+
+
 def test_sending_everything_again_changes_nothing(config: Config, open_here: Open, deliver_here: Deliver) -> None:
     tracker = open_here()
     for step in range(1, 4):
