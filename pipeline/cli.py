@@ -427,7 +427,7 @@ def train(argv: list[str]) -> int:
         "best": f"{config.run_dir / record.best['path']}  {record.best['monitor']} {record.best['value']:.4f}",
         "steps": f"{record.steps:,} on {record.world_size} processes",
         **_gap_of(config.run_dir),
-        "run": f"{record.mlflow['run_id'] or 'not made yet'} in {record.mlflow['uri']} (look at it with `shardline ui`)",
+        "run": _run_in_mlflow(record, config),
         **local,
     }
     closing_box("trained", facts, _next_of_train("evaluate", argv))
@@ -443,6 +443,14 @@ def _settle(config: Config, code: int) -> dict[str, str]:
     if code and local:
         print("; ".join(f"{name}: {what}" for name, what in local.items()), file=sys.stderr)
     return local
+
+
+def _run_in_mlflow(record: RunRecord, config: Config) -> str:
+    from pipeline.tracking.server import server_of
+
+    if record.mlflow["run_id"] is None:
+        return f"not made in {record.mlflow['uri'] or server_of(config).uri} yet"
+    return f"{record.mlflow['run_id']} in {record.mlflow['uri']} (look at it with `shardline ui`)"
 
 
 def _gap_of(run_dir: Path) -> dict[str, str]:
