@@ -96,7 +96,7 @@ def server_of(config: Config) -> Server:
     """
     told, place = config.tracking, place_of(config.run_dir)
     require_tracking_uri(told.uri)
-    uri, artifacts = told.uri or _known_uri(place, Path(config.runs_dir)), None
+    uri, artifacts = told.uri.rstrip("/") or _known_uri(place, Path(config.runs_dir)), None
     if uri.startswith(SQLITE):
         database = Path(uri.removeprefix(SQLITE)).resolve()
         uri, artifacts = f"{SQLITE}{database}", (database.parent / ARTIFACTS).as_uri()

@@ -86,6 +86,11 @@ def test_a_verb_that_is_not_told_the_experiment_makes_no_second_run(config: Conf
     assert server_of(elsewhere).experiment == "shardline"
 
 
+def test_a_slash_at_the_end_of_an_address_makes_no_other_server(config: Config, tmp_path: Path) -> None:
+    here = dataclasses.replace(config, runs_dir=str(tmp_path), tracking=TrackingConfig(uri="http://127.0.0.1:5000/"))
+    assert server_of(here).uri == "http://127.0.0.1:5000"
+
+
 def test_a_sqlite_file_that_is_named_has_its_artifacts_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     server = server_of(Config(tracking=TrackingConfig(uri="sqlite:///team/all.db")))
