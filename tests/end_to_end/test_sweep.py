@@ -35,7 +35,7 @@ def test_two_trials_of_the_documented_sweep_are_two_runs_and_the_better_one_wins
     assert float(done.stdout.splitlines()[-1].split()[0]) == max(best)
     with sqlite3.connect(tmp_path / "runs/mlflow.db") as database:
         rows = database.execute(
-            "SELECT name, value FROM runs JOIN params USING (run_uuid) WHERE key = 'model.dropout'"
+            "SELECT name, value FROM runs JOIN params USING (run_uuid) WHERE key = 'dropout'"
         ).fetchall()
     chosen = dict(rows)
     assert set(chosen) == {"sweep-000", "sweep-001"}

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -74,7 +75,7 @@ def train(workspace: Path, name: str, uri: str, during: Callable[[Path], None], 
     assert newest_step(run_dir) == epochs * STEPS_AN_EPOCH
     found = json.loads(report.read_text())
     seconds, what = found["longest_wait"]
-    cpu, opened = found["cpu_seconds"] / found["calls"], found["open"][0]
+    cpu, opened = statistics.median(found["cpu_seconds"]), found["open"][0]
     print(
         f"{name}: longest wait {1000 * seconds:.1f} ms in {what}, opened in {1000 * opened:.0f} ms, {1e6 * cpu:.0f} us a call"
     )
