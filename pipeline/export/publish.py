@@ -126,6 +126,7 @@ def _model_entry(config: Config, record: RunRecord, parity: Parity, task: Task) 
             "checkpoint_sha256": record.best["sha256"],
             "data_digest": record.data_digest,
             "job_id": record.job_id,
+            "run_name": config.name,
             "git_commit": record.git["commit"] or "",
             **({"accuracy": evaluation["accuracy"]} if evaluation else {}),
         },

@@ -175,7 +175,8 @@ class RunFiles:
         with path.open(newline="") as file:
             lines = itertools.islice(csv.reader(file), 1, None)
             found = [Answer(int(index), *cells) for index, *cells in lines if int(index) in indices]
-        return sorted(found, key=lambda answer: (-answer.num_wrong, -max(answer.confidences, default=0.0)))
+        is_multi = self.manifest.task == "multi"  # else a bar is part of a class's name
+        return sorted(found, key=lambda answer: (-answer.num_wrong * is_multi, -max(answer.confidences, default=0.0)))
 
     def picture(self, path: Path) -> bytes:
         """The bytes of a picture in the run folder; none where it is not there."""

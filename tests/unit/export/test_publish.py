@@ -114,6 +114,7 @@ def test_the_model_is_registered_with_where_it_came_from_and_how_good_it_is(
         "checkpoint_sha256": record.best["sha256"],
         "data_digest": tiny_dataset.digest,
         "job_id": record.job_id,
+        "run_name": "tiny",
         "git_commit": "",
         "accuracy": "0.75",
     }
