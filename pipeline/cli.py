@@ -772,8 +772,10 @@ def _dataset_link(run_dir: Path | None, digest: str, config: Config) -> "Link":
     try:
         manifest = load_dataset(location, own.data.cache_folder) if is_url(location) else read_manifest(Path(location))
     except DataError as error:
-        return Link("data set", "BROKEN", str(error))
+        return Link("data set", "not reachable" if is_url(location) or run_dir is None else "BROKEN", str(error))
     link = compared("data set", location, {"digest": (manifest.digest, digest)})
+    if link.state == "BROKEN" and run_dir is None:  # nobody said that it should be there
+        return Link("data set", "not reachable", f"{location}: is another data set; give --dataset.path")
     if link.state == "BROKEN":
         return link
     for _, defects in track(verify_dataset(manifest, config=own.data), "verify", num_files(manifest), "files"):
