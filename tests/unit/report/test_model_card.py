@@ -70,15 +70,16 @@ def test_what_makes_a_result_worth_less_is_a_limit(finished: RunFiles, changes: 
 def test_a_run_that_was_not_evaluated_or_exported_claims_nothing(untrained: RunFiles) -> None:
     card = render_card(untrained)
     assert "It has not been evaluated yet." in card
+    assert "It was measured" not in card
     assert "No checks ran before training." in card
     assert "## How to use it" not in card
     assert "## Results" not in card
 
 
 def test_names_of_classes_are_no_markup(finished: RunFiles) -> None:
-    manifest = dataclasses.replace(finished.manifest, class_names=["a|b", "<script>", "*c*\n# d"])
+    manifest = dataclasses.replace(finished.manifest, class_names=["a|b", "<script> &lt;", "*c*\n# d"])
     card = render_card(dataclasses.replace(finished, manifest=manifest))
-    assert r"3 classes: a\|b, \<script\>, \*c\* \# d." in card
+    assert r"3 classes: a\|b, \<script\> \&lt;, \*c\* \# d." in card
 
 
 class Session:
