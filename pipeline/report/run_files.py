@@ -126,6 +126,7 @@ class RunFiles:
         for number, name in enumerate(self.manifest.class_names):
             train, samples = (split[number] if split else None for split in counts.values())
             found = details.get(name, {})
+            samples = found.get("support", samples)  # without those that cannot be decoded
             rows.append(ClassResult(name, train, samples, recall.get(name), found.get("precision"), found.get("f1")))
         return sorted(rows, key=lambda row: (row.recall is None, row.recall))
 

@@ -67,6 +67,12 @@ def test_what_makes_a_result_worth_less_is_a_limit(finished: RunFiles, changes: 
     assert limit in render_card(finished)
 
 
+def test_the_interval_of_a_recall_counts_only_images_that_can_be_decoded(finished: RunFiles) -> None:
+    finished.test["per_class"] = [{"class": "red", "support": 3}]
+    finished.test["recall"]["red"] = 2 / 3
+    assert "| red | 0.6667 | 0.208 to 0.939 | 3 | 12 |" in render_card(finished)
+
+
 def test_a_run_that_was_not_evaluated_or_exported_claims_nothing(untrained: RunFiles) -> None:
     card = render_card(untrained)
     assert "It has not been evaluated yet." in card
