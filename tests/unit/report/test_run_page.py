@@ -54,7 +54,7 @@ def test_the_result_comes_first_and_everything_is_there(finished: RunFiles) -> N
     assert "agreement 1.0000 on 12 images, largest difference 2.0e-06 (allowed 0.0001)" in text
     assert "Checks before training: 1 green, none red, skipped: leakage." in text
     assert "2 samples could not be decoded in training" in text
-    assert "red \N{RIGHTWARDS ARROW} blue" in text
+    assert "red \N{LEFT-TO-RIGHT MARK}\N{RIGHTWARDS ARROW} blue" in text
     assert "2 cores of a toaster" in text
     assert "another machine" not in text
     for digest in (CHECKPOINT, finished.manifest.digest, finished.record.job_id, finished.parity["sha256"]):
