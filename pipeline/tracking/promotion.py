@@ -139,8 +139,11 @@ def read_evaluation(client: "MlflowClient", version: "ModelVersion") -> Evaluati
         if name not in there:
             raise RunError(f"{where}: its run has no {name} in MLflow. {again}")
     with tempfile.TemporaryDirectory() as folder:
-        result = json.loads(Path(client.download_artifacts(run_id, RESULT, folder)).read_text())
-        text = Path(client.download_artifacts(run_id, PREDICTIONS, folder)).read_text()
+        paths = [Path(client.download_artifacts(run_id, name, folder)) for name in (RESULT, PREDICTIONS)]
+        try:
+            result, text = json.loads(paths[0].read_text()), paths[1].read_text()
+        except ValueError as error:
+            raise RunError(f"{where}: its evaluation in MLflow is damaged ({error}). {again}") from error
     if result.get("checkpoint_sha256") != version.tags.get("checkpoint_sha256"):
         raise RunError(f"{where}: its run was evaluated with another checkpoint than it was exported from. {again}")
     correct = read_correct(text)

@@ -205,6 +205,15 @@ def test_a_champion_that_another_promotion_made_in_the_meantime_stays(
     assert tags(registry, name, "2") == {}
 
 
+def test_a_damaged_result_is_one_line_and_yields_to_force(registry: Registry, name: str, add_version: AddVersion) -> None:
+    add_version(answers(100))
+    version = registry.client.get_model_version(name, "1")
+    registry.client.log_text(str(version.run_id), '{"split": "te', "evaluation/test.json")
+    with pytest.raises(RunError, match=r"version 1 of .*: its evaluation in MLflow is damaged .* Run `shardline evaluate`"):
+        promote(registry.client, name, 0.005)
+    assert promote(registry.client, name, 0.005, force=True).kind == "forced"
+
+
 def test_without_predictions_there_is_a_remedy(registry: Registry, name: str, add_version: AddVersion) -> None:
     add_version(None)
     with pytest.raises(
