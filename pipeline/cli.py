@@ -435,14 +435,11 @@ def train(argv: list[str]) -> int:
 
 
 def _settle(config: Config, code: int) -> dict[str, str]:
-    """What is still local of a run whose ranks have ended; it is waited for only where they ended well."""
+    """What is still local of a run whose ranks have ended well; delivery after another end is not waited for."""
     from pipeline.tracking.deliver import LONGEST_DRAIN_SECONDS
     from pipeline.tracking.run import settle
 
-    local = settle(config, RunRecord.load(config.run_dir), 0.0 if code else LONGEST_DRAIN_SECONDS)
-    if code and local:
-        print("; ".join(f"{name}: {what}" for name, what in local.items()), file=sys.stderr)
-    return local
+    return settle(config, RunRecord.load(config.run_dir), 0.0 if code else LONGEST_DRAIN_SECONDS)
 
 
 def _gap_of(run_dir: Path) -> dict[str, str]:

@@ -89,7 +89,8 @@ def test_an_epoch_sees_each_sample_at_most_once_and_each_epoch_another_order(
 
 
 def losses_of(workspace: Path, name: str) -> dict[int, float]:
-    """The training loss of every step, as MLflow has it."""
+    """The training loss of every step, as MLflow has it once all is delivered: ranks do not wait for that."""
+    assert shardline("sync", f"runs/{name}", cwd=workspace).returncode == 0
     run_id = json.loads((workspace / f"runs/{name}/run.json").read_text())["mlflow"]["run_id"]
     history = mlflow.MlflowClient(f"sqlite:///{workspace}/runs/mlflow.db").get_metric_history(run_id, "train/loss")
     assert len({point.step for point in history}) == len(history)

@@ -114,9 +114,20 @@ class Disk:
         return ["nsenter", "-t", str(self.holder), "-m", "--", *command]
 
     def remount(self, options: str) -> None:
-        """Make it larger, or read-only."""
+        """Make it larger."""
         command = self.inside("mount", "-o", f"remount,{options}", str(self.run_dir))
         wait_until(lambda: subprocess.run(command, capture_output=True, check=False).returncode == 0, f"remount {options}")
+
+    def freeze_checkpoints(self) -> None:
+        """Make their folder read-only; all of it cannot be while the run's journal is open."""
+        folder = str(self.run_dir / "checkpoints")
+        assert subprocess.run(self.inside("mount", "--bind", folder, folder), check=False).returncode == 0
+        command = self.inside("mount", "-o", "remount,bind,ro", folder)
+        wait_until(lambda: subprocess.run(command, capture_output=True, check=False).returncode == 0, "a read-only folder")
+
+    def thaw_checkpoints(self) -> None:
+        """Undo it."""
+        assert subprocess.run(self.inside("umount", str(self.run_dir / "checkpoints")), check=False).returncode == 0
 
     def train(self, log: Path) -> subprocess.Popen[bytes]:
         """Start a training whose every checkpoint has about 0.8 MB."""
@@ -166,7 +177,7 @@ def test_a_save_that_the_disk_refuses_is_loud_and_the_run_goes_on_from_the_one_b
         if disk.run_dir.name == "read-only":
             disk.remount("size=50m")
             wait_until(lambda: disk.newest_step() >= 10 or training.poll() is not None, "the first checkpoints")
-            disk.remount("ro")
+            disk.freeze_checkpoints()
         assert training.wait(timeout=120) == 2, log.read_text()
     finally:
         training.kill()
@@ -175,6 +186,8 @@ def test_a_save_that_the_disk_refuses_is_loud_and_the_run_goes_on_from_the_one_b
     kept = disk.newest_step()
     assert kept >= 5
 
-    disk.remount("rw,size=50m")
+    if disk.run_dir.name == "read-only":
+        disk.thaw_checkpoints()
+    disk.remount("size=50m")
     assert disk.train(log).wait(timeout=150) == 0, log.read_text()
     assert f"going on after step {kept}:" in log.read_text()
