@@ -752,7 +752,8 @@ def lineage(argv: list[str]) -> int:
         raise broken
     away = sum(link.state == "not reachable" for link in links)
     reached = f"{len(links) - away} verified, {away} out of reach" if away else f"all {len(links)} verified"
-    closing_box("nothing broken", {"model": options.exported, "links": reached})
+    title = "nothing broken" if away < len(links) else "nothing could be verified"
+    closing_box(title, {"model": options.exported, "links": reached})
     return 0
 
 

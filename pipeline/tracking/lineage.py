@@ -281,7 +281,8 @@ def _checkpoint_link(chain: Chain) -> Link:
 def _parity_link(chain: Chain) -> Link:
     path = chain.parity_path
     if not path.is_file():
-        return Link("parity", "not reachable", f"{path}: no such report")
+        is_temporary = chain.run_dir is None and chain.by_version
+        return Link("parity", "not reachable", "no run folder" if is_temporary else f"{path}: no such report")
     if chain.recorded_sha256 and chain.recorded_sha256 != chain.exported_sha256:
         return Link("parity", "not reachable", f"{path}: is of a later export of the run")
     if chain.recorded_parity and chain.recorded_parity != (found := sha256_of(path)):

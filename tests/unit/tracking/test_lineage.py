@@ -209,6 +209,15 @@ def test_a_data_set_that_only_lies_where_the_run_is_not_known_to_have_had_its_ow
     code, states = traced.ask(f"models:/{traced.name}/1", dataset=str(multi_dataset.folder))
     assert (code, states["data set"], states["version"]) == (0, "not reachable", "verified"), traced.said
     assert "is another data set; give --dataset.path" in traced.said
+    assert "parity: no run folder\n" in traced.said, "and no file of a temporary folder"
+
+
+def test_where_nothing_was_reached_it_says_so(traced: Traced, tmp_path: Path) -> None:
+    alone = Path(shutil.copy(traced.model, tmp_path / "alone.onnx"))
+    shutil.rmtree(traced.config.run_dir)
+    code, states = traced.ask(str(alone), uri="http://127.0.0.1:9", dataset=str(tmp_path / "none"))
+    assert (code, states) == (0, dict.fromkeys(LINKS, "not reachable")), traced.said
+    assert "nothing could be verified" in traced.said
 
 
 def test_a_data_set_whose_server_is_away_breaks_nothing(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
