@@ -427,7 +427,7 @@ def train(argv: list[str]) -> int:
         "best": f"{config.run_dir / record.best['path']}  {record.best['monitor']} {record.best['value']:.4f}",
         "steps": f"{record.steps:,} on {record.world_size} processes",
         **_gap_of(config.run_dir),
-        "run": f"{record.mlflow['run_id'] or 'not made yet'} in {record.mlflow['uri']} (look at it with `shardline ui`)",
+        "run": _run_in_mlflow(record, config),
         **local,
     }
     closing_box("trained", facts, _next_of_train("evaluate", argv))
@@ -440,6 +440,14 @@ def _settle(config: Config, code: int) -> dict[str, str]:
     from pipeline.tracking.run import settle
 
     return settle(config, RunRecord.load(config.run_dir), 0.0 if code else LONGEST_DRAIN_SECONDS)
+
+
+def _run_in_mlflow(record: RunRecord, config: Config) -> str:
+    from pipeline.tracking.server import server_of
+
+    if record.mlflow["run_id"] is None:
+        return f"not made in {record.mlflow['uri'] or server_of(config).uri} yet"
+    return f"{record.mlflow['run_id']} in {record.mlflow['uri']} (look at it with `shardline ui`)"
 
 
 def _gap_of(run_dir: Path) -> dict[str, str]:
@@ -668,17 +676,22 @@ def sync(argv: list[str]) -> int:
     parser.add_argument("run", help="run folder, for example runs/digits")
     parser.add_argument("--uri", default="", help="tracking server; default: the run's own")
     options = parse_arguments(parser, argv)
-    run_dir = Path(options.run)
-    record = RunRecord.require(run_dir)
+    run_dir = Path(options.run).resolve()
+    RunRecord.require(run_dir)
     config = load_config(run_dir / CONFIG_NAME)
-    tracking = dataclasses.replace(config.tracking, uri=options.uri or config.tracking.uri)
     from pipeline.tracking.deliver import deliver_now
     from pipeline.tracking.run import run_in
-    from pipeline.tracking.server import server_of
+    from pipeline.tracking.server import place_of, server_of
 
-    place = deliver_now(run_dir, server_of(dataclasses.replace(config, tracking=tracking)))
-    record.mlflow = run_in(place)
-    record.save()
+    # The folder may have been moved, copied or renamed since, and this may be another place than it was trained from.
+    known = config.tracking.uri and (place_of(run_dir).uri or config.tracking.uri)
+    tracking = dataclasses.replace(config.tracking, uri=options.uri or known)
+    moved = dataclasses.replace(config, name=run_dir.name, runs_dir=str(run_dir.parent), tracking=tracking)
+    place = deliver_now(run_dir, server_of(moved))
+    record = RunRecord.require(run_dir)  # as it is now: another verb may have gone on with the run meanwhile
+    if record.mlflow != run_in(place):
+        record.mlflow = run_in(place)
+        record.save()
     closing_box("delivered", {"run": f"{place.run_id} in {place.uri}", "experiment": place.experiment})
     return 0
 

@@ -599,6 +599,24 @@ RANGES = {
 }
 
 
+CREDENTIALS = re.compile(r"(\w+://)[^/\s]*@")
+TRACKING_URI = re.compile(r"https?://[^/\s]\S*|sqlite:///.*[^/\s]|(postgresql|mysql|mssql)(\+\w+)?://\S+")
+
+
+def require_tracking_uri(uri: str) -> None:
+    """Refuse what cannot be the address of a tracking server, and one with a password. Empty is fine: no server is named."""
+    if CREDENTIALS.search(uri):  # not repeated here: it would end up in a log
+        raise ConfigError(
+            "`tracking.uri` holds a name or a password, which would end up in files of the run. Leave them out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment."
+        )
+    if uri and not TRACKING_URI.fullmatch(uri):
+        raise ConfigError(
+            f"`tracking.uri` is '{uri}'; it must be the address of a tracking server (https://HOST) or of a database "
+            "(sqlite:///FILE). Leave it out for a sqlite file in the runs folder."
+        )
+
+
 def _require_sane(config: Config) -> None:
     """Refuse values of the right type that cannot work, before anything is started."""
     for key, allowed in RANGES.items():
@@ -617,6 +635,10 @@ def _require_sane(config: Config) -> None:
         raise ConfigError(f"`dataset.background` is {background}; it must be three numbers from 0 to 255: [red, green, blue].")
     if not config.name or config.name != Path(config.name).name or config.name.startswith("."):
         raise ConfigError(f"`name` is '{config.name}'; it must be a plain folder name.")
+    require_tracking_uri(config.tracking.uri)
+    experiment = config.tracking.experiment
+    if not experiment.strip() or len(experiment) > 500:
+        raise ConfigError(f"`tracking.experiment` is '{experiment}'; it must be a name of at most 500 letters.")
     model = config.tracking.model
     if model and (not model.strip(" .") or {"/", ":"} & set(model) or len(model) > 256):
         raise ConfigError(f"`tracking.model` is '{model}'; it must be a name without / and :, of at most 256 letters.")

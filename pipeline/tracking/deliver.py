@@ -9,13 +9,17 @@ to deliver the rest. A training that left no word of its end was killed, and its
 
 import contextlib
 import os
+import re
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.console import say
+from pipeline.distributed import STOP_SIGNALS
 from pipeline.errors import RunError
 from pipeline.files import locked
 from pipeline.tracking.journal import FILES, FOLDER, POINTS, Entry, Journal, read_entries
@@ -31,11 +35,14 @@ LONGEST_DRAIN_SECONDS = DRAIN_SECONDS + 35.0  # with a call that hangs
 LONGEST_PAUSE_SECONDS = 60.0
 # How long a process that delivers may take to start.
 APPEAR_SECONDS = 15.0
+# A wait that is not worth a word.
+QUIET_SECONDS = 4.0
 LOCK_WAIT_SECONDS = 24 * 3600.0
 MOST_POINTS = 1000  # that MLflow takes in a call
 REFUSED = FOLDER / "refused.jsonl"
 # Only these say that the same request would never be taken. MLflow's servers and proxies before them say 404 for much else.
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+GONE = "RESOURCE_DOES_NOT_EXIST"
 WORDS = {
     "401": "asks for a name and a password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)",
     "403": "does not permit it",
@@ -82,6 +89,8 @@ class Delivery:
             except Exception as error:
                 patience.lose()
                 self._say(describe_trouble(error, self.server.uri))
+                if path.name == POINTS and "timed out" in str(error):
+                    break  # it would not answer the others either, and each call waits for half a minute
             else:
                 patience.failures = 0
         if not any(patience.failures for patience in self.patience.values()):
@@ -90,19 +99,30 @@ class Delivery:
     def _say(self, trouble: str) -> None:
         if trouble != self.place.trouble:
             self.place.trouble = trouble
-            self.place.save(self.run_dir)
             note(trouble or "delivers again")
+            with contextlib.suppress(OSError):  # a full disk may be the trouble
+                self.place.save(self.run_dir)
 
     def _send(self, path: Path) -> None:
         for entries, end in batches(path, self.place.delivered.get(path.name, 0)):
             try:
                 self.sender.send(entries)
             except Exception as error:
+                self._begin_anew_if_gone(error)
                 # Without its first entry there is no run, and one that was deleted refuses everything.
                 if "begin" in entries[0] or not is_refused(error) or not self.sender.is_there():
                     raise
                 self._send_one_by_one(entries, error)
             self.place.delivered[path.name] = end
+            self.place.save(self.run_dir)
+
+    def _begin_anew_if_gone(self, error: Exception) -> None:
+        """Have the next round send everything, to a new run, where the database of this one is another or was emptied.
+
+        The sentence is that of MLflow's database: a proxy before a server that is down says 404, too, and in other words.
+        """
+        if getattr(error, "error_code", None) == GONE and f"Run with id={self.place.run_id} not found" in str(error):
+            self.place.run_id, self.place.delivered = None, {}
             self.place.save(self.run_dir)
 
     def _send_one_by_one(self, entries: list[Entry], error: Exception) -> None:
@@ -195,7 +215,7 @@ def is_refused(error: Exception) -> bool:
 def describe_trouble(error: Exception, uri: str) -> str:
     """What keeps a run from being delivered, in one line, without names or passwords."""
     text = without_credentials(" ".join(str(error).split()) or type(error).__name__)
-    words = next((words for sign, words in WORDS.items() if sign in text), "does not take it")
+    words = next((words for sign, words in WORDS.items() if re.search(rf"\b{sign}\b", text)), "does not take it")
     return f"MLflow at {uri} {words} ({text[:150]})"
 
 
@@ -224,11 +244,14 @@ def size_of(run_dir: Path) -> int:
 
 def wait_for_delivery(run_dir: Path, seconds: float) -> None:
     """Wait until everything is delivered, or the process that delivers has ended or never came, at most so long."""
-    deadline = time.monotonic() + seconds
-    seen = time.monotonic()
+    began = seen = time.monotonic()
+    deadline, is_said = began + seconds, False
     while left_over(run_dir) and time.monotonic() < min(deadline, seen + APPEAR_SECONDS):
         if place_of(run_dir).ended_at >= size_of(run_dir):
             return
+        if not is_said and time.monotonic() - began > QUIET_SECONDS:
+            is_said = True
+            say(f"waiting for MLflow to take the rest, at most {seconds:.0f} s (^C: leave it to `shardline sync`)")
         try:
             with locked(run_dir / FOLDER):
                 pass  # nobody is at work, or not yet
@@ -239,6 +262,8 @@ def wait_for_delivery(run_dir: Path, seconds: float) -> None:
 
 def deliver_now(run_dir: Path, server: Server) -> Place:
     """Deliver everything that is still local. Raises RunError when a job is at work there, or the server does not take it."""
+    if not journals_of(run_dir):
+        raise RunError(f"{run_dir}: there is nothing to deliver: no verb has tracked this run (no {FOLDER}).")
     is_training = last_status(run_dir) == "RUNNING"
     with locked(run_dir / FOLDER, wait_seconds=0.0 if is_training else LONGEST_DRAIN_SECONDS):
         delivery = Delivery(run_dir, server)
@@ -290,4 +315,7 @@ def _has_ended(seconds: float) -> bool:
 
 if __name__ == "__main__":
     os.nice(5)
+    # A job that is stopped has all its processes told; this one still has to say how the training ended.
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     deliver(Path(sys.argv[1]), Server.from_arguments(sys.argv[2:5]), sample="--sample" in sys.argv)

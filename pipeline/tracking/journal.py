@@ -57,7 +57,11 @@ def _length_of_whole_lines(descriptor: int) -> int:
 
 
 def read_entries(path: Path, start: int = 0) -> Iterator[tuple[Entry, int]]:
-    """The entries from byte `start` on, each with the byte where it ends; nothing where there is no file."""
+    """The entries from byte `start` on, each with the byte where it ends; nothing where there is no file.
+
+    A line that cannot be read, as a power cut leaves where the file system had room for it but not yet its content, is an
+    entry that says nothing.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -66,7 +70,15 @@ def read_entries(path: Path, start: int = 0) -> Iterator[tuple[Entry, int]]:
             if not line.endswith(b"\n"):
                 return  # it is being written
             start += len(line)
-            yield json.loads(line), start
+            yield _entry_of(line), start
+
+
+def _entry_of(line: bytes) -> Entry:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
 
 
 def last_steps(path: Path) -> dict[str, int]:

@@ -63,7 +63,7 @@ class RunTracker:
     def log_final(self, metrics: dict[str, float]) -> None:
         """Write down figures that have no step. One that is there already with the same value is not written again."""
         new = {metric_key(name): value for name, value in metrics.items()}
-        new = {key: value for key, value in new.items() if self._final.get(key) != value}
+        new = {key: value for key, value in new.items() if repr(self._final.get(key)) != repr(value)}
         self._final |= new
         if new:
             now = int(time.time() * 1000)
@@ -148,7 +148,9 @@ class RunTracker:
         self._looked_at = time.monotonic()
         if self._deliverer.poll() is not None:
             self.start_delivery()
-        trouble = place_of(self.run_dir).trouble
+        trouble = ""
+        with contextlib.suppress(OSError):  # a network file system has its moments
+            trouble = place_of(self.run_dir).trouble
         if trouble:
             self._say(
                 f"{trouble}. Training goes on; what is to be told lies in {self.run_dir / FOLDER} and is delivered later."
@@ -196,7 +198,8 @@ def settle(config: Config, record: RunRecord | None, seconds: float = LONGEST_DR
 
     Returns what a closing box says of what is still local: nothing when all is delivered.
     """
-    wait_for_delivery(config.run_dir, seconds)
+    with contextlib.suppress(KeyboardInterrupt):  # the stage is done, whoever does not want to wait
+        wait_for_delivery(config.run_dir, seconds)
     place = place_of(config.run_dir)
     if record is not None and record.mlflow != run_in(place):
         record.mlflow = run_in(place)
@@ -213,6 +216,9 @@ def run_in(place: Place) -> dict[str, str | None]:
 
 
 def metric_key(name: str) -> str:
-    """A name as MLflow takes it: what it refuses in class names becomes `_`, and a few digits keep two such names apart."""
-    key = "/".join("_" if not part.strip(". ") else _NOT_IN_KEYS.sub("_", part) for part in name.split("/"))[:240]
-    return key if key == name else f"{key}.{hashlib.sha256(name.encode()).hexdigest()[:4]}"
+    """A name as MLflow takes it: what it refuses in class names becomes `_`, and some digits keep such names apart.
+
+    A thousand emoji are the same `_` but for the digits: four of them would make eight pairs, of which one each was lost.
+    """
+    key = "/".join("_" if not part.strip(". ") else _NOT_IN_KEYS.sub("_", part) for part in name.split("/"))[:236]
+    return key if key == name else f"{key}.{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -93,10 +93,20 @@ class Sender:
 
     def _find_or_make_run(self, job_id: str, name: str) -> None:
         self.place.experiment_id = self._experiment()
-        found = self.client.search_runs([self.place.experiment_id], f"tags.`{JOB_TAG}` = '{job_id}'", max_results=1)
-        run = found[0] if found else self.client.create_run(self.place.experiment_id, run_name=name, tags={JOB_TAG: job_id})
-        self.place.run_id = run.info.run_id
+        found = self._runs_of(job_id)
+        if not found:
+            made = self.client.create_run(self.place.experiment_id, run_name=name, tags={JOB_TAG: job_id}).info.run_id
+            found = self._runs_of(job_id) or [made]
+            if found[0] != made:  # a request that had timed out here was served in the end
+                self.client.delete_run(made)
+        self.place.run_id = found[0]
         self.place.save(self.run_dir)
+
+    def _runs_of(self, job_id: str) -> list[str]:
+        """The job's runs, the first that was asked for first."""
+        assert self.place.experiment_id is not None
+        query, order = f"tags.`{JOB_TAG}` = '{job_id}'", ["attributes.start_time ASC"]
+        return [run.info.run_id for run in self.client.search_runs([self.place.experiment_id], query, order_by=order)]
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException

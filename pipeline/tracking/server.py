@@ -3,13 +3,11 @@
 import json
 import logging
 import os
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.config import CREDENTIALS, Config, TrackingConfig, require_tracking_uri
 from pipeline.files import locked, publish, temporary_name, write_json
 from pipeline.tracking.journal import FOLDER
 
@@ -28,9 +26,10 @@ SETTINGS = {
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-_CREDENTIALS = re.compile(r"(\w+://)[^/@\s]+@")
+SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,9 @@ class Server:
 
         _say_only_warnings()  # importing mlflow sets them back
         if self.artifacts is not None:
-            _make_database(Path(self.uri.removeprefix("sqlite:///")))
-        return MlflowClient(self.uri)
+            _make_database(Path(self.uri.removeprefix(SQLITE)))
+        # Without the second word MLFLOW_REGISTRY_URI would send the models elsewhere.
+        return MlflowClient(self.uri, self.uri)
 
 
 @dataclass
@@ -81,35 +81,41 @@ class Place:
 
 
 def place_of(run_dir: Path) -> Place:
-    """What is known of a run's delivery; nothing yet where there is no file."""
-    path = run_dir / PLACE
-    return Place(**json.loads(path.read_text())) if path.is_file() else Place()
+    """What is known of a run's delivery; nothing where there is no file, or none that can be read: then all is sent again."""
+    try:
+        return Place(**json.loads((run_dir / PLACE).read_text()))
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        return Place()
 
 
 def server_of(config: Config) -> Server:
     """The configured server, or the one that the run is at already, or a sqlite file in the runs folder.
 
-    So a verb that is not told the server goes on with the run that another made. Raises ConfigError for credentials in an
-    address.
+    So a verb that is not told the server, or the experiment, goes on with the run that another made. Raises ConfigError for
+    what is no address, and for credentials in one.
     """
-    uri = config.tracking.uri
-    if _CREDENTIALS.search(uri):
-        raise ConfigError(
-            "`tracking.uri` holds a name or a password, which would end up in files of the run. Leave them out and set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment."
-        )
-    if uri:
-        return Server(uri, config.tracking.experiment)
-    place = place_of(config.run_dir)
-    if place.uri.startswith(("http://", "https://")):
-        return Server(place.uri, place.experiment)
-    runs_dir = Path(config.runs_dir).resolve()
-    return Server(f"sqlite:///{runs_dir / DATABASE}", config.tracking.experiment, (runs_dir / ARTIFACTS).as_uri())
+    told, place = config.tracking, place_of(config.run_dir)
+    require_tracking_uri(told.uri)
+    uri, artifacts = told.uri.rstrip("/") or _known_uri(place, Path(config.runs_dir)), None
+    if uri.startswith(SQLITE):
+        database = Path(uri.removeprefix(SQLITE)).resolve()
+        uri, artifacts = f"{SQLITE}{database}", (database.parent / ARTIFACTS).as_uri()
+    goes_on = bool(place.experiment) and (not told.uri or uri == place.uri)
+    is_told = told.experiment != TrackingConfig().experiment
+    return Server(uri, place.experiment if goes_on and not is_told else told.experiment, artifacts)
+
+
+def _known_uri(place: Place, runs_dir: Path) -> str:
+    """Where the run is, or will be. Its folder may have been moved with its database, or without."""
+    database = runs_dir.resolve() / DATABASE
+    is_file = place.uri.startswith(SQLITE)
+    is_left_behind = is_file and not database.exists() and Path(place.uri.removeprefix(SQLITE)).exists()
+    return place.uri if is_left_behind or (place.uri and not is_file) else f"{SQLITE}{database}"
 
 
 def without_credentials(text: str) -> str:
     """`text` with the names and passwords of its addresses taken out."""
-    return _CREDENTIALS.sub(r"\1***@", text)
+    return CREDENTIALS.sub(r"\1***@", text)
 
 
 def quieten() -> None:

@@ -25,14 +25,20 @@ def sample_until(ended: threading.Event, run_dir: Path, node: str | None = None)
     path = run_dir / FOLDER / f"system-{socket.gethostname()}.jsonl"
     with contextlib.suppress(OSError):  # no room on the disk: others say so
         journal = Journal(path)
-        step = max(last_steps(path).values(), default=-1) + 1
         prefix = f"system/{node}/" if node else "system/"
+        step = _next_step(run_dir, prefix)
         monitors = build_monitors()
         while not ended.wait(SECONDS_BETWEEN_SAMPLES if step else 1.0):
             now = int(time.time() * 1000)
             figures = read_monitors(monitors)
             journal.add({"points": [[f"{prefix}{name}", value, now, step] for name, value in figures.items()]})
             step += 1
+
+
+def _next_step(run_dir: Path, prefix: str) -> int:
+    """The step after the last of these curves: a job that is requeued goes on with them on another machine."""
+    paths = (run_dir / FOLDER).glob("system-*.jsonl")
+    return 1 + max((step for path in paths for key, step in last_steps(path).items() if key.startswith(prefix)), default=-1)
 
 
 def build_monitors() -> list[Any]:

@@ -10,10 +10,11 @@ import pytest
 import pipeline
 from pipeline import cli
 from pipeline.cli import main
-from pipeline.config import Config
+from pipeline.config import Config, TrackingConfig
 from pipeline.errors import ConfigError, GateError, RunError, StoppedError
 from pipeline.files import sha256_of
 from pipeline.manifest import DatasetManifest
+from pipeline.run import RunRecord
 from pipeline.tracking.run import RunTracker
 from tests.unit.report.given import ANSWERS, evaluate, train
 
@@ -215,3 +216,11 @@ def test_an_evaluation_says_whether_the_network_beats_what_needs_none() -> None:
     beaten = cli._beside_baselines({**figures, "beaten": True})
     assert beaten == {"baselines": "beats logistic regression (0.9725)"}
     assert cli._beside_baselines({**figures, "beaten": False}) == {"baselines": "DOES NOT BEAT logistic regression (0.9725)"}
+
+
+def test_a_run_that_mlflow_has_not_heard_of_is_not_said_to_be_in_none(tmp_path: Path) -> None:
+    config = Config(runs_dir=str(tmp_path), tracking=TrackingConfig(uri="http://127.0.0.1:9"))
+    record = RunRecord("digits", "a" * 32, "c" * 64, "d" * 64, "p" * 64, git={}, folder=config.run_dir)
+    assert cli._run_in_mlflow(record, config) == "not made in http://127.0.0.1:9 yet"
+    record.mlflow = {"uri": "http://127.0.0.1:9", "experiment": "shardline", "run_id": "b"}
+    assert cli._run_in_mlflow(record, config) == "b in http://127.0.0.1:9 (look at it with `shardline ui`)"

@@ -304,3 +304,43 @@ def test_the_identity_of_a_run_changes_with_every_setting_that_can_change_the_we
     keys = {key for key, _, _ in settings_of(Config)}
     same = {key for key in keys if changed(Config(), key).identity() == Config().identity()}
     assert same == CANNOT_CHANGE_THE_WEIGHTS
+
+
+BAD_ADDRESSES = (
+    "garbage",
+    "http://",
+    "http:/host",
+    "ftp://host",
+    "file:///mlruns",
+    "sqlite:runs.db",
+    "sqlite:///",
+    "databricks",
+)
+
+
+@pytest.mark.parametrize("uri", BAD_ADDRESSES)
+def test_what_is_no_address_of_a_tracking_server_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=rf"`tracking\.uri` is '{uri}'; it must be the address of a tracking server"):
+        parse("--tracking.uri", uri)
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "http://host:5000", "https://host/mlflow/", "sqlite:///a b.db", "postgresql://host/mlflow"]
+)
+def test_addresses_of_servers_and_databases_are_taken(uri: str) -> None:
+    assert parse("--tracking.uri", uri).tracking.uri == uri
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://ann:secret@host", "https://ann:secr@et@host", "postgresql+psycopg2://ann:secret@host/db"]
+)
+def test_a_password_in_the_tracking_address_is_refused_before_a_file_holds_it(uri: str) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME") as refusal:
+        parse("--tracking.uri", uri)
+    assert "secr" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["", "  ", "x" * 501])
+def test_an_experiment_that_mlflow_would_not_make_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"`tracking\.experiment` is '.*at most 500 letters"):
+        parse("--tracking.experiment", name)

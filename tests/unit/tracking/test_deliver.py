@@ -1,13 +1,16 @@
 import dataclasses
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 from PIL import Image
 
+from pipeline.cli import main
 from pipeline.config import Config
 from pipeline.errors import RunError
 from pipeline.files import locked
@@ -18,7 +21,8 @@ from pipeline.tracking.deliver import Delivery, batches, deliver, deliver_now, d
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.provenance import describe_dataset
 from pipeline.tracking.run import RunTracker
-from pipeline.tracking.server import Server, place_of
+from pipeline.tracking.server import Place, Server, place_of
+from tests.processes import wait_until
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -62,6 +66,22 @@ def test_a_job_has_one_run_however_often_it_is_opened_and_delivered(
     query = f"tags.`shardline.job_id` = '{record.job_id}'"
     assert len(second.sender.client.search_runs([str(second.place.experiment_id)], query)) == 1
     assert run_of(second).info.status == "RUNNING"
+
+
+def test_a_run_that_a_timed_out_request_made_in_the_end_stays_the_only_one(
+    config: Config, record: RunRecord, server: Server, open_here: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = open_here()
+    first = deliver_now(config.run_dir, server)
+    tracker.finish()
+    forget(config)
+    delivery = Delivery(config.run_dir, server)
+    search = delivery.sender._runs_of
+    answers: list[list[str]] = [[]]  # as long as the first request is not served
+    monkeypatch.setattr(delivery.sender, "_runs_of", lambda job_id: answers.pop() if answers else search(job_id))
+    delivery.round()
+    assert delivery.place.run_id == first.run_id
+    assert search(record.job_id) == [first.run_id]
 
 
 def test_sending_everything_again_changes_nothing(config: Config, open_here: Open, deliver_here: Deliver) -> None:
@@ -174,6 +194,22 @@ def test_a_server_that_is_not_there_is_left_alone_for_longer_and_longer(
     assert delivery.place.trouble.startswith("MLflow at http://127.0.0.1:9 cannot be reached (")
 
 
+def test_a_server_that_hangs_is_asked_once_a_round(config: Config, open_here: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = open_here()
+    tracker.log_file(config.run_dir / "run.json")
+    asked = []
+
+    def hang(self: Delivery, path: Path) -> None:
+        asked.append(path.name)
+        raise RuntimeError("Read timed out. (read timeout=30)")
+
+    monkeypatch.setattr(Delivery, "_send", hang)
+    delivery = Delivery(config.run_dir, GONE)
+    delivery.place.run_id = "a"
+    delivery.round()
+    assert asked == ["points.jsonl"]
+
+
 def test_another_server_gets_everything(config: Config, open_here: Open, deliver_here: Deliver, tmp_path: Path) -> None:
     tracker = open_here()
     tracker.log({"train/loss": 1.0}, 1)
@@ -270,6 +306,7 @@ def test_a_parameter_that_changed_is_told_as_a_tag(
     [
         ("API request failed with error code 401 != 200", "asks for a name and a password"),
         ("error code 403 != 200", "does not permit it"),
+        ("host='127.0.0.1', port=54013): Connection refused", "cannot be reached"),
         ("HTTPConnectionPool(...): Read timed out. (read timeout=30)", "does not answer"),
         ("[Errno 111] Connection refused", "cannot be reached"),
         ("too many 500 error responses", "does not take it"),
@@ -282,3 +319,85 @@ def test_trouble_is_told_in_a_line_without_passwords(error: str, words: str) -> 
     assert words.removesuffix(")") in said
     assert "secret" not in said
     assert "\n" not in said
+
+
+def test_a_run_whose_database_was_thrown_away_is_made_anew(config: Config, server: Server, open_here: Open) -> None:
+    tracker = open_here()
+    tracker.log({"train/loss": 1.0}, 1)
+    before = deliver_now(config.run_dir, server)
+    lost = dataclasses.replace(before, run_id="0" * 32)
+    lost.save(config.run_dir)
+    tracker.log({"train/loss": 0.5}, 2)
+    tracker.finish()
+    place = deliver_now(config.run_dir, server)
+    assert place.run_id == before.run_id, "found by its job"
+    points = server.client().get_metric_history(str(place.run_id), "train/loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1.0), (2, 0.5)]
+
+
+def test_a_full_disk_does_not_end_the_process_that_delivers(
+    config: Config, open_here: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(place: object, run_dir: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    open_here()
+    delivery = Delivery(config.run_dir, GONE)
+    monkeypatch.setattr(Place, "save", refuse)
+    delivery.round()
+    assert "cannot be reached" in delivery.place.trouble
+
+
+def test_a_run_folder_that_was_renamed_is_delivered_to_its_own_run_from_anywhere(
+    config: Config, record: RunRecord, server: Server, open_here: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relative = dataclasses.replace(config, runs_dir="runs")
+    tracker = open_here()
+    deliver_now(config.run_dir, server)
+    tracker.log({"train/loss": 1.0}, 1)
+    tracker.finish()
+    renamed = config.run_dir.rename(config.run_dir.with_name(f"{config.name}.20261126-034500"))
+    (renamed / "config.yaml").write_text(yaml.safe_dump(relative.as_dict()))
+    monkeypatch.chdir(tmp_path)
+    assert main(["sync", str(renamed)]) == 0
+    place = place_of(renamed)
+    assert place.uri == server.uri
+    assert server.client().get_run(str(place.run_id)).data.metrics == {"train/loss": 1.0}
+    assert not list(tmp_path.iterdir())
+
+
+def test_sync_leaves_the_record_as_another_verb_made_it_meanwhile(
+    config: Config, record: RunRecord, server: Server, open_here: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_here().finish()
+    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
+
+    def deliver_slowly(run_dir: Path, to: Server) -> Place:
+        record.outcome = "done"
+        record.save()
+        return deliver_now(run_dir, to)
+
+    monkeypatch.setattr(deliver_module, "deliver_now", deliver_slowly)
+    assert main(["sync", str(config.run_dir)]) == 0
+    after = RunRecord.require(config.run_dir)
+    assert (after.outcome, after.mlflow["uri"]) == ("done", server.uri)
+
+
+def test_a_run_that_nothing_was_tracked_of_is_not_said_to_be_delivered(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is nothing to deliver"):
+        deliver_now(tmp_path, GONE)
+
+
+def test_the_process_that_delivers_outlives_the_signals_that_stop_a_job(
+    config: Config, server: Server, open_here: Open
+) -> None:
+    tracker = open_here()
+    tracker.start_delivery()
+    process = tracker._deliverer
+    assert process is not None
+    wait_until(lambda: place_of(config.run_dir).run_id is not None, "the run", seconds=60)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        process.send_signal(number)
+    tracker.finish("KILLED")
+    assert process.wait(timeout=60) == 0
+    assert server.client().get_run(str(place_of(config.run_dir).run_id)).info.status == "KILLED"

@@ -76,3 +76,11 @@ def test_the_last_step_of_each_curve_and_the_final_figures_are_known(tmp_path: P
     journal.add({"final": [["test/loss", 0.4, 9, 0]]}, {"tags": {"a": "b"}}, {"final": [["test/loss", 0.3, 9, 0]]})
     assert last_steps(journal.path) == {"loss": 20, "accuracy": 10}
     assert final_figures(journal.path) == {"test/loss": 0.3}
+
+
+def test_a_line_without_its_content_says_nothing_and_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    path = tmp_path / "points.jsonl"
+    path.write_bytes(b'{"points":[["loss",1.0,7,10]]}\n' + b"\0" * 40 + b'\n7\n{"final":[["test/loss",0.4,9,0]]}\n')
+    assert entries(path) == [{"points": [["loss", 1.0, 7, 10]]}, {}, {}, {"final": [["test/loss", 0.4, 9, 0]]}]
+    assert list(read_entries(path))[-1][1] == path.stat().st_size
+    assert (last_steps(path), final_figures(path)) == ({"loss": 10}, {"test/loss": 0.4})

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config
+from pipeline.errors import RunError
 from pipeline.run import Outcome, RunRecord
+from pipeline.tracking import deliver as deliver_module
 from pipeline.tracking import run as run_module
 from pipeline.tracking.journal import read_entries
 from pipeline.tracking.run import RunTracker, metric_key, open_tracker, settle
@@ -72,7 +74,7 @@ def test_a_run_that_was_only_checked_waits_for_its_training_and_another_keeps_it
 def test_names_become_what_mlflow_takes_and_stay_apart() -> None:
     assert metric_key("val/recall/sea lion") == "val/recall/sea lion"
     assert metric_key("val/recall/größe") == "val/recall/größe"
-    assert metric_key("val/recall/a&b") == "val/recall/a_b.fb27"
+    assert metric_key("val/recall/a&b") == "val/recall/a_b.fb2720ec"
     assert metric_key("val/recall/a|b") != metric_key("val/recall/a&b")
     assert metric_key("val/recall/..").startswith("val/recall/_.")
     assert metric_key("val//x").startswith("val/_/x.")
@@ -160,3 +162,43 @@ def test_what_is_still_local_is_said(config: Config, record: RunRecord, open_her
     said = settle(config, record, seconds=0.0)["still local"]
     assert said == f"2 points, 1 files, 2 facts; deliver them with `shardline sync {config.run_dir}`"
     assert not (Path(config.run_dir) / PLACE).exists()
+
+
+def test_a_thousand_names_of_signs_that_mlflow_refuses_stay_apart() -> None:
+    assert len({metric_key(f"val/recall/{chr(0x1F300 + number)}") for number in range(1000)}) == 1000
+
+
+def test_a_figure_that_is_no_number_is_written_once(config: Config, open_here: Open) -> None:
+    for _ in range(2):
+        open_here().log_final({"test/loss": float("nan")})
+    assert len(written(config, "points", "final")) == 1
+
+
+def test_a_note_of_the_delivery_that_cannot_be_read_does_not_end_the_training(
+    open_here: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run_dir: Path) -> Place:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(run_module, "place_of", refuse)
+    tracker = open_here()
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        tracker._deliverer = sleeper
+        tracker.log({"train/loss": 1.0}, 1)
+        sleeper.kill()
+
+
+def test_who_waits_for_the_delivery_is_told_and_may_leave(
+    config: Config, record: RunRecord, open_here: Open, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_here()
+    monkeypatch.setattr(deliver_module, "QUIET_SECONDS", 0.1)
+
+    def interrupt(path: Path) -> None:
+        if "waiting for MLflow to take the rest, at most 60 s" in capsys.readouterr().out:
+            raise KeyboardInterrupt
+        raise RunError("locked: somebody delivers")
+
+    monkeypatch.setattr(deliver_module, "locked", interrupt)
+    assert settle(config, record, seconds=60.0)["still local"].startswith("2 facts")

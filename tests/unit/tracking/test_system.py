@@ -42,3 +42,11 @@ def test_of_several_machines_each_has_its_name(tmp_path: Path, monkeypatch: pyte
     sample_until(Ends(1), tmp_path, name)
     (path,) = (tmp_path / "tracking").glob("system-*.jsonl")
     assert f"system/{name}/cpu_utilization_percentage" in last_steps(path)
+
+
+def test_a_job_that_goes_on_on_another_machine_has_no_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pod-a", "pod-b", "pod-a"):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        sample_until(Ends(2), tmp_path)
+    found = [entry["points"][0][3] for path in (tmp_path / "tracking").iterdir() for entry, _ in read_entries(path)]
+    assert sorted(found) == [0, 1, 2, 3, 4, 5]
