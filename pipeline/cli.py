@@ -765,7 +765,8 @@ def lineage(argv: list[str]) -> int:
         raise broken
     away = sum(link.state == "not reachable" for link in links)
     reached = f"{len(links) - away} verified, {away} out of reach" if away else f"all {len(links)} verified"
-    closing_box("nothing broken", {"model": options.exported, "links": reached})
+    title = "nothing broken" if away < len(links) else "nothing could be verified"
+    closing_box(title, {"model": options.exported, "links": reached})
     return 0
 
 
@@ -782,8 +783,10 @@ def _dataset_link(run_dir: Path | None, digest: str, config: Config) -> "Link":
     try:
         manifest = load_dataset(location, own.data.cache_folder) if is_url(location) else read_manifest(Path(location))
     except DataError as error:
-        return Link("data set", "BROKEN", str(error))
+        return Link("data set", "not reachable" if is_url(location) or run_dir is None else "BROKEN", str(error))
     link = compared("data set", location, {"digest": (manifest.digest, digest)})
+    if link.state == "BROKEN" and run_dir is None:  # nobody said that it should be there
+        return Link("data set", "not reachable", f"{location}: is another data set; give --dataset.path")
     if link.state == "BROKEN":
         return link
     for _, defects in track(verify_dataset(manifest, config=own.data), "verify", num_files(manifest), "files"):

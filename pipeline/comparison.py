@@ -16,8 +16,6 @@ from pipeline.errors import DataError
 # The 97.5 % point of the normal distribution: intervals hold the true value in 95 of 100 cases.
 Z = 1.959963984540054
 COLUMNS = ["index", "key", "label", "predicted", "confidence"]
-# As `pipeline.task` joins the labels of an image, which this module cannot import: it needs torch.
-LABEL_SEPARATOR = "|"
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,6 @@ class Comparison:
     p_value: float
     only_ours: int
     only_theirs: int
-
-    def __str__(self) -> str:
-        return (
-            f"accuracy {self.ours:.4f} beside {self.theirs:.4f} on the same {self.num_samples:,} samples: "
-            f"{self.difference:+.4f}, 95 % interval {self.low:+.4f} to {self.high:+.4f}, McNemar p = {self.p_value:.3g} "
-            f"({self.only_ours:,} right with the first alone, {self.only_theirs:,} with the second alone)"
-        )
 
 
 def compare_paired(ours: Sequence[bool], theirs: Sequence[bool]) -> Comparison:
@@ -122,7 +113,8 @@ def mcnemar_p_value(first: int, second: int) -> float:
 def read_correct(text: str) -> dict[str, bool]:
     """Whether each sample, by its key, was answered rightly, from the text of a predictions.csv. Raises DataError.
 
-    Of several labels an image, all must be right. A key that two samples share (in shards of others) becomes `KEY#INDEX`.
+    Of several labels an image all must be right; both cells name them in the order of the classes. A key that two samples
+    share (in shards of others) becomes `KEY#INDEX`.
     """
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if reader.fieldnames != COLUMNS:
@@ -134,7 +126,7 @@ def read_correct(text: str) -> dict[str, bool]:
         key = row["key"] if uses[row["key"]] == 1 else f"{row['key']}#{row['index']}"
         if None in row.values() or key in correct:
             raise DataError(f"predictions.csv: row {number} is cut short or a repetition. Run `shardline evaluate` again.")
-        correct[key] = set(row["label"].split(LABEL_SEPARATOR)) == set(row["predicted"].split(LABEL_SEPARATOR))
+        correct[key] = row["label"] == row["predicted"]
     if not correct:
         raise DataError("predictions.csv has no rows. Run `shardline evaluate` again.")
     return correct

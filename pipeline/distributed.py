@@ -105,9 +105,9 @@ def num_processes() -> int:
 # ---- ends with others ----
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, however that happens."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel end this process, by that signal, when the one that started it ends, however that happens."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is not None and os.getppid() != int(launcher):
         os._exit(1)  # it had ended before the line above

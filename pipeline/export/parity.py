@@ -45,7 +45,8 @@ class ParityCase:
 class Parity:
     """parity.json. `sha256` is the file that was asked.
 
-    `top1_agreement` is the share of images with the same answer; of several labels an image, with the same set of them.
+    `top1_agreement` is the share of images with the same answer; of several labels an image, with the same set of them. Images
+    that cannot be decoded are not counted.
     """
 
     passed: bool
@@ -64,13 +65,13 @@ def compare(network: nn.Module, task: Task, content: bytes, sha256: str, dataset
         for size in sorted({1, 2, 3, config.max_batch_size})
         for case in _compare_batch(network, task, sessions, _repeat_to(dataset, size), config.tolerance)
     ]
-    agreeing = 0
+    agreeing = num_samples = 0
     for images in _batches(dataset, config.max_batch_size):
         wanted, found = _ask_torch(network, task, images), _ask_onnx(sessions["on"], images)
-        agreeing += int(_same_answers(task, wanted, found).sum())
-    agreement = agreeing / len(dataset)
+        agreeing, num_samples = agreeing + int(_same_answers(task, wanted, found).sum()), num_samples + len(images)
+    agreement = agreeing / num_samples
     passed = agreement == 1.0 and all(case.max_abs <= case.tolerance for case in cases)
-    return Parity(passed, cases, agreement, len(dataset), sha256)
+    return Parity(passed, cases, agreement, num_samples, sha256)
 
 
 def describe_failure(parity: Parity) -> str:

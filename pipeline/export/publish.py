@@ -106,7 +106,7 @@ def _model_entry(config: Config, record: RunRecord, parity: Parity, task: Task) 
     assert record.best is not None
     worst = max(case.max_abs for case in parity.cases)
     evaluation = _evaluation_of(config, record)
-    result = "not evaluated yet"
+    result = "not evaluated before its export"  # a version keeps its description
     if evaluation:
         result = f"{evaluation['split']} accuracy {float(evaluation['accuracy']):.4f} on {evaluation['num_samples']} images"
     return {
@@ -126,6 +126,7 @@ def _model_entry(config: Config, record: RunRecord, parity: Parity, task: Task) 
             "checkpoint_sha256": record.best["sha256"],
             "data_digest": record.data_digest,
             "job_id": record.job_id,
+            "run_name": config.name,
             "git_commit": record.git["commit"] or "",
             **({"accuracy": evaluation["accuracy"]} if evaluation else {}),
         },

@@ -17,11 +17,17 @@ SIGNIFICANT = 0.05
 
 
 def require_evaluated(run_dir: Path) -> dict[str, Any]:
-    """Read what the evaluation of a run left. Raises RunError where there is none."""
+    """Read what the evaluation of a run left. Raises RunError where there is none, or none that is whole."""
     path = run_dir / TEST
     if not path.is_file() or not (run_dir / PREDICTIONS).is_file():
         raise RunError(f"{run_dir}: no evaluation to compare with (no {TEST}). Run `shardline evaluate` for that run first.")
-    return dict(json.loads(path.read_text()))
+    try:
+        result = json.loads(path.read_text())
+    except ValueError:
+        result = {}
+    if not isinstance(result, dict) or not {"data_digest", "split", "checkpoint_sha256"} <= result.keys():
+        raise RunError(f"{path}: is damaged. Run `shardline evaluate` for that run again.")
+    return result
 
 
 def compare_runs(run_dir: Path, others: list[Path]) -> list[dict[str, Any]]:

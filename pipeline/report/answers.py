@@ -64,4 +64,5 @@ def _write_below(draw: ImageDraw.ImageDraw, image: AnsweredImage, left: int, top
         draw.text((left + TILE, last), sure, fill=FAINT, font=face, anchor="ra")
     draw.text((left, top), shorten(image.label, face, TILE if image.answer else room), fill=INK, font=face)
     if image.answer:
-        draw.text((left, last), shorten(f"→ {image.answer}", face, room), fill=WRONG, font=face)
+        # The mark keeps the arrow before a name of a script from right to left.
+        draw.text((left, last), shorten(f"\N{LEFT-TO-RIGHT MARK}→ {image.answer}", face, room), fill=WRONG, font=face)

@@ -109,7 +109,8 @@ def _limits(files: RunFiles) -> str:
 
 
 def _limits_of_result(files: RunFiles) -> list[str]:
-    found = ["It was measured on held-out images of the same data set. Other cameras, places or times may lower its accuracy."]
+    held_out = "It was measured on held-out images of the same data set. Other cameras, places or times may lower its accuracy."
+    found = [held_out] if files.test else ["How good it is was not measured: run `shardline evaluate`."]
     if files.manifest.task == "multi":
         found.append("It knows only these labels; each answer is a threshold of 0.5 on that label's probability.")
     else:
@@ -189,11 +190,8 @@ def _data(files: RunFiles) -> str:
 
 def _training(files: RunFiles) -> str:
     config, record = files.config, files.record
-    epochs = (
-        f"at most {config.trainer.max_epochs} epochs"
-        if config.trainer.early_stopping
-        else f"{config.trainer.max_epochs} epochs"
-    )
+    epochs = f"{config.trainer.max_epochs:,} epoch{'s' if config.trainer.max_epochs > 1 else ''}"
+    epochs = f"at most {epochs}" if config.trainer.early_stopping else epochs
     best = record.best
     facts = {
         "network": _network(files).strip("`"),
@@ -251,9 +249,15 @@ def _use(files: RunFiles) -> str:
             "",
             "(`shardline predict` also lays transparent images on a background, scales 16-bit grey ones and pads small ones.)",
             "",
-            f'From MLflow, once it is promoted: `mlflow.onnx.load_model("models:/{files.config.registered_model}@champion")`.',
+            f'From MLflow{_server(files)}: `mlflow.onnx.load_model("models:/{files.config.registered_model}@champion")`.',
         ]
     )
+
+
+def _server(files: RunFiles) -> str:
+    """Where the model is registered; MLflow would look for it elsewhere."""
+    uri = files.mlflow["uri"]
+    return f", with `MLFLOW_TRACKING_URI={uri}` and once it is promoted" if uri else ", once it is promoted"
 
 
 def snippet(spec: PreprocessSpec, *, is_multi: bool) -> str:
@@ -310,8 +314,8 @@ def _crop_lines(spec: PreprocessSpec) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Any string as text of Markdown: nothing in it is markup, and it stays on its line."""
-    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(text.split())).encode(errors="backslashreplace").decode()
+    """Any string as text of Markdown: nothing in it is markup or an entity, and it stays on its line."""
+    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", " ".join(text.split())).encode(errors="backslashreplace").decode()
 
 
 def _names(names: Sequence[str]) -> str:

@@ -126,6 +126,7 @@ class RunFiles:
         for number, name in enumerate(self.manifest.class_names):
             train, samples = (split[number] if split else None for split in counts.values())
             found = details.get(name, {})
+            samples = found.get("support", samples)  # without those that cannot be decoded
             rows.append(ClassResult(name, train, samples, recall.get(name), found.get("precision"), found.get("f1")))
         return sorted(rows, key=lambda row: (row.recall is None, row.recall))
 
@@ -175,7 +176,8 @@ class RunFiles:
         with path.open(newline="") as file:
             lines = itertools.islice(csv.reader(file), 1, None)
             found = [Answer(int(index), *cells) for index, *cells in lines if int(index) in indices]
-        return sorted(found, key=lambda answer: (-answer.num_wrong, -max(answer.confidences, default=0.0)))
+        is_multi = self.manifest.task == "multi"  # else a bar is part of a class's name
+        return sorted(found, key=lambda answer: (-answer.num_wrong * is_multi, -max(answer.confidences, default=0.0)))
 
     def picture(self, path: Path) -> bytes:
         """The bytes of a picture in the run folder; none where it is not there."""

@@ -209,7 +209,8 @@ def _mistakes(files: RunFiles) -> list[Block]:
         Picture(
             paths[answer.index].read_bytes(),
             [
-                f"{answer.label or 'none'} \N{RIGHTWARDS ARROW} {answer.predicted or 'none'}",
+                # Between names of a script from right to left the arrow would else point from the answer to the label.
+                f"{answer.label or 'none'} \N{LEFT-TO-RIGHT MARK}\N{RIGHTWARDS ARROW} {answer.predicted or 'none'}",
                 ", ".join(f"{value:.3f}" for value in answer.confidences),
                 answer.key,
             ],

@@ -111,7 +111,7 @@ def find_chain(model: str, config: Config, client: "MlflowClient | None", troubl
     """Reach what there is of the past of `model`: a file, models:/NAME/VERSION or models:/NAME@ALIAS.
 
     A registered one is downloaded into `folder`. `trouble` says why there is no `client`. Raises ModelError or RunError where
-    there is no such model.
+    there is no such model, or it is none of ours.
     """
     registered = model.startswith("models:")
     chain = _registered(model, client, trouble, folder) if registered else Chain(Path(model), trouble=trouble)
@@ -123,6 +123,10 @@ def find_chain(model: str, config: Config, client: "MlflowClient | None", troubl
     chain.record = RunRecord.load(chain.run_dir) if chain.run_dir is not None else None
     if client is not None:
         _ask_server(chain, config, client)
+    if not chain.metadata.get("job_id") and not chain.claims:
+        raise ModelError(
+            f"{model}: is no model of `shardline export`: neither it nor anything that was reached says of which run."
+        )
     return chain
 
 
@@ -186,7 +190,8 @@ def _ask_server(chain: Chain, config: Config, client: "MlflowClient") -> None:
             chain.version = _version_of_file(chain, client)
         chain.mlflow_job = client.get_run(chain.mlflow_run).data.tags.get(JOB_TAG, "")
     except (MlflowException, OSError) as error:
-        chain.trouble = describe_trouble(error, client.tracking_uri)
+        if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+            chain.trouble = describe_trouble(error, client.tracking_uri)
 
 
 def _mlflow_run_of(chain: Chain, config: Config, client: "MlflowClient") -> str:
@@ -276,7 +281,8 @@ def _checkpoint_link(chain: Chain) -> Link:
 def _parity_link(chain: Chain) -> Link:
     path = chain.parity_path
     if not path.is_file():
-        return Link("parity", "not reachable", f"{path}: no such report")
+        is_temporary = chain.run_dir is None and chain.by_version
+        return Link("parity", "not reachable", "no run folder" if is_temporary else f"{path}: no such report")
     if chain.recorded_sha256 and chain.recorded_sha256 != chain.exported_sha256:
         return Link("parity", "not reachable", f"{path}: is of a later export of the run")
     if chain.recorded_parity and chain.recorded_parity != (found := sha256_of(path)):
@@ -328,4 +334,6 @@ def first_broken(links: list[Link]) -> GateError | None:
     if not broken:
         return None
     more = f" ({len(broken) - 1} more above.)" if len(broken) > 1 else ""
-    return GateError(f"the chain is broken at {broken[0].name}: {broken[0].what}. Do not use this model.{more}")
+    return GateError(
+        f"the chain is broken at {broken[0].name}: {broken[0].what.removesuffix('.')}. Do not use this model.{more}"
+    )

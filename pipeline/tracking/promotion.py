@@ -72,10 +72,19 @@ def promote(client: "MlflowClient", name: str, max_drop: float, *, force: bool =
         decision = _decision("refused", candidate, champion, str(error))
     if force and decision.kind == "refused":
         decision = _decision("forced", candidate, champion, decision.reason, decision.comparison)
+    if decision.moves:
+        _require_unmoved(client, name, champion)
     _record(client, candidate, decision)
     if decision.moves:
         client.set_registered_model_alias(name, CHAMPION, candidate.version)
     return decision
+
+
+def _require_unmoved(client: "MlflowClient", name: str, champion: "ModelVersion | None") -> None:
+    """Refuse to replace a champion that the candidate was not compared with. Raises RunError."""
+    now = alias_version(client, name, CHAMPION)
+    if (now and int(now.version)) != (champion and int(champion.version)):
+        raise RunError(f"{name}: somebody else moved the champion in the meantime. Run `shardline promote` again.")
 
 
 def _decision(
@@ -96,7 +105,17 @@ def _decide(client: "MlflowClient", candidate: "ModelVersion", champion: "ModelV
     comparison = compare_paired([ours.correct[key] for key in keys], [theirs.correct[key] for key in keys])
     why = objection(comparison, max_drop)
     kind = "refused" if why else "promoted"
-    return _decision(kind, candidate, champion, f"{comparison}{why and f'; {why}'}", comparison)
+    return _decision(kind, candidate, champion, f"{describe(comparison)}{why and f'; {why}'}", comparison)
+
+
+def describe(comparison: Comparison) -> str:
+    """Candidate and champion in numbers."""
+    c = comparison
+    return (
+        f"accuracy {c.ours:.4f}, the champion's {c.theirs:.4f}, on the same {c.num_samples:,} samples: "
+        f"{c.difference:+.4f}, 95 % interval {c.low:+.4f} to {c.high:+.4f}, McNemar p = {c.p_value:.3g} "
+        f"({c.only_ours:,} right with the candidate alone, {c.only_theirs:,} with the champion alone)"
+    )
 
 
 def objection(comparison: Comparison, max_drop: float) -> str:
@@ -115,13 +134,16 @@ def read_evaluation(client: "MlflowClient", version: "ModelVersion") -> Evaluati
     run_id = str(version.run_id)
     where = f"version {version.version} of {version.name}"
     again = f"Run `shardline evaluate` for its run ({version.tags.get('run_name', run_id)}), or give --force."
-    there = {info.path for info in client.list_artifacts(run_id, "evaluation")}
+    there = _evaluation_files(client, run_id, where)
     for name in (RESULT, PREDICTIONS):
         if name not in there:
             raise RunError(f"{where}: its run has no {name} in MLflow. {again}")
     with tempfile.TemporaryDirectory() as folder:
-        result = json.loads(Path(client.download_artifacts(run_id, RESULT, folder)).read_text())
-        text = Path(client.download_artifacts(run_id, PREDICTIONS, folder)).read_text()
+        paths = [Path(client.download_artifacts(run_id, name, folder)) for name in (RESULT, PREDICTIONS)]
+        try:
+            result, text = json.loads(paths[0].read_text()), paths[1].read_text()
+        except ValueError as error:
+            raise RunError(f"{where}: its evaluation in MLflow is damaged ({error}). {again}") from error
     if result.get("checkpoint_sha256") != version.tags.get("checkpoint_sha256"):
         raise RunError(f"{where}: its run was evaluated with another checkpoint than it was exported from. {again}")
     correct = read_correct(text)
@@ -129,6 +151,17 @@ def read_evaluation(client: "MlflowClient", version: "ModelVersion") -> Evaluati
         found = f"{PREDICTIONS} has {len(correct):,} samples and {RESULT} says {result['num_samples']:,}"
         raise RunError(f"{where}: {found}. {again}")
     return Evaluation(result, correct)
+
+
+def _evaluation_files(client: "MlflowClient", run_id: str, where: str) -> set[str]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {info.path for info in client.list_artifacts(run_id, "evaluation")}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise RunError(f"{where}: its run ({run_id}) is not in MLflow, so it cannot be compared. Give --force.") from error
 
 
 def require_comparable(ours: Evaluation, theirs: Evaluation) -> None:

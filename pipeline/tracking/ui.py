@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.console import say
+from pipeline.distributed import die_with_parent
 from pipeline.errors import ConfigError, ProcessError, RunError
 from pipeline.tracking.server import ARTIFACTS, PLACE, SETTINGS, Place, Server, place_of, server_of
 
@@ -110,7 +111,13 @@ def _served(server: Server, runs_dir: Path, port: int) -> Iterator[subprocess.Po
     say("starting MLflow's server; this takes some seconds")
     with (runs_dir / LOG).open("wb") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, **SETTINGS, **quiet}, start_new_session=True
+            command,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **SETTINGS, **quiet},
+            start_new_session=True,
+            # After a kill -9 of this process the server would keep its port for ever; on SIGTERM it ends its worker, too.
+            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
         )
     try:
         _await_health(process, port, runs_dir / LOG)

@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.config import ExportConfig
 from pipeline.data.dataset import ShardDataset
+from pipeline.errors import DataError
 from pipeline.export.parity import Parity, _same_answers, compare, describe_failure
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
@@ -43,6 +44,21 @@ def test_the_true_model_passes_in_every_case(
     # float32 logits of order 1 differ by a few units in the last place.
     assert max(case.max_abs for case in parity.cases) < 1e-5
     assert (parity.top1_agreement, parity.num_samples) == (1.0, 12)
+
+
+def test_images_that_cannot_be_decoded_are_not_held_against_the_model(
+    tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = dataset.image
+
+    def some(index: int) -> torch.Tensor:
+        if index in (0, 7):
+            raise DataError("cut short")
+        return image(index)
+
+    monkeypatch.setattr(dataset, "image", some)
+    parity = ask(tiny_network, exported_model, dataset)
+    assert (parity.passed, parity.top1_agreement, parity.num_samples) == (True, 1.0, 10)
 
 
 def test_the_report_has_the_fields_of_the_contract(

@@ -114,6 +114,7 @@ def test_the_model_is_registered_with_where_it_came_from_and_how_good_it_is(
         "checkpoint_sha256": record.best["sha256"],
         "data_digest": tiny_dataset.digest,
         "job_id": record.job_id,
+        "run_name": "tiny",
         "git_commit": "",
         "accuracy": "0.75",
     }
@@ -123,7 +124,7 @@ def test_the_model_is_registered_with_where_it_came_from_and_how_good_it_is(
 
     write_json(tiny_config.run_dir / RESULT, {**result, "checkpoint_sha256": "0" * 64})
     publish.export(tiny_config, tiny_dataset, tiny_spec, record)
-    assert tracker.models[1]["description"].startswith("not evaluated yet; ")
+    assert tracker.models[1]["description"].startswith("not evaluated before its export; ")
     assert "accuracy" not in tracker.models[1]["tags"]
 
 

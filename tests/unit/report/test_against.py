@@ -77,3 +77,10 @@ def test_a_damaged_table_is_named_with_its_run(runs: tuple[Path, Path]) -> None:
 def test_a_run_without_evaluation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no evaluation to compare with .* Run `shardline evaluate` for that run first"):
         require_evaluated(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"split": "test"}'])
+def test_a_damaged_result_is_named(runs: tuple[Path, Path], content: str) -> None:
+    (runs[1] / "evaluation/test.json").write_text(content)
+    with pytest.raises(RunError, match=r"scratch/evaluation/test.json: is damaged. Run `shardline evaluate`"):
+        compare_runs(runs[0], [runs[1]])

@@ -51,3 +51,10 @@ def test_without_mistakes_the_picture_says_so() -> None:
     sheet = opened(draw_answers([], "0 wrong of 360 validation images"))
     assert sheet.height > HEAD_PIXELS
     assert not (np.asarray(sheet.crop((0, HEAD_PIXELS, sheet.width, sheet.height))) == 255).all()
+
+
+def test_the_arrow_stands_before_a_name_that_is_read_from_right_to_left() -> None:
+    latin, hebrew = (opened(draw_answers([AnsweredImage(EIGHT, "3", name)], "one")) for name in ("8", "שלום"))
+    arrow = (MARGIN, HEAD_PIXELS + TILE + 22, MARGIN + 9, HEAD_PIXELS + TILE + 44)
+    assert has_colour(latin, (MARGIN, arrow[1], MARGIN + TILE, arrow[3]), WRONG)
+    assert np.array_equal(np.asarray(latin.crop(arrow)), np.asarray(hebrew.crop(arrow)))

@@ -67,18 +67,25 @@ def test_what_makes_a_result_worth_less_is_a_limit(finished: RunFiles, changes: 
     assert limit in render_card(finished)
 
 
+def test_the_interval_of_a_recall_counts_only_images_that_can_be_decoded(finished: RunFiles) -> None:
+    finished.test["per_class"] = [{"class": "red", "support": 3}]
+    finished.test["recall"]["red"] = 2 / 3
+    assert "| red | 0.6667 | 0.208 to 0.939 | 3 | 12 |" in render_card(finished)
+
+
 def test_a_run_that_was_not_evaluated_or_exported_claims_nothing(untrained: RunFiles) -> None:
     card = render_card(untrained)
     assert "It has not been evaluated yet." in card
+    assert "It was measured" not in card
     assert "No checks ran before training." in card
     assert "## How to use it" not in card
     assert "## Results" not in card
 
 
 def test_names_of_classes_are_no_markup(finished: RunFiles) -> None:
-    manifest = dataclasses.replace(finished.manifest, class_names=["a|b", "<script>", "*c*\n# d"])
+    manifest = dataclasses.replace(finished.manifest, class_names=["a|b", "<script> &lt;", "*c*\n# d"])
     card = render_card(dataclasses.replace(finished, manifest=manifest))
-    assert r"3 classes: a\|b, \<script\>, \*c\* \# d." in card
+    assert r"3 classes: a\|b, \<script\> \&lt;, \*c\* \# d." in card
 
 
 class Session:

@@ -54,7 +54,7 @@ def test_the_result_comes_first_and_everything_is_there(finished: RunFiles) -> N
     assert "agreement 1.0000 on 12 images, largest difference 2.0e-06 (allowed 0.0001)" in text
     assert "Checks before training: 1 green, none red, skipped: leakage." in text
     assert "2 samples could not be decoded in training" in text
-    assert "red \N{RIGHTWARDS ARROW} blue" in text
+    assert "red \N{LEFT-TO-RIGHT MARK}\N{RIGHTWARDS ARROW} blue" in text
     assert "2 cores of a toaster" in text
     assert "another machine" not in text
     for digest in (CHECKPOINT, finished.manifest.digest, finished.record.job_id, finished.parity["sha256"]):
@@ -156,8 +156,15 @@ def test_the_worst_mistakes_come_first(finished: RunFiles) -> None:
         "7,seven,a,a,0.5",
     ]
     (finished.config.run_dir / "evaluation/predictions.csv").write_text("\n".join(lines))
-    assert [answer.key for answer in finished.answers({3, 5, 9})] == ["five", "nine", "three"]
-    assert finished.answers({5})[0].confidences == [0.6, 0.7]
+    multi = dataclasses.replace(finished, manifest=dataclasses.replace(finished.manifest, task="multi"))
+    assert [answer.key for answer in multi.answers({3, 5, 9})] == ["five", "nine", "three"]
+    assert multi.answers({5})[0].confidences == [0.6, 0.7]
+
+
+def test_a_bar_in_the_name_of_a_class_makes_no_mistake_a_worse_one(finished: RunFiles) -> None:
+    lines = ["index,key,label,predicted,confidence", "3,three,x|y,z,0.6", "5,five,x,y,0.7"]
+    (finished.config.run_dir / "evaluation/predictions.csv").write_text("\n".join(lines))
+    assert [answer.key for answer in finished.answers({3, 5})] == ["five", "three"]
 
 
 def test_reliability_is_a_table_where_there_is_no_picture(finished: RunFiles) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.config import Config
+from pipeline.errors import DataError
 from pipeline.files import sha256_of, write_bytes, write_json
 from pipeline.manifest import DatasetManifest
 from pipeline.run import BEST, RunRecord, save_config
@@ -37,10 +38,11 @@ class Traced:
     def model(self) -> Path:
         return self.config.run_dir / MODEL
 
-    def ask(self, model: str = "", uri: str = "") -> tuple[int, dict[str, str]]:
+    def ask(self, model: str = "", uri: str = "", dataset: str = "") -> tuple[int, dict[str, str]]:
         """Exit code of the verb, and the state of each link."""
         settings = {"--runs_dir": self.config.runs_dir, "--tracking.uri": uri or self.registry.uri}
         settings["--tracking.experiment"] = "registry"
+        settings |= {"--dataset.path": dataset} if dataset else {}
         words = [word for pair in settings.items() for word in pair]
         code = cli.main(["lineage", model or str(self.model), "--config", "digits", *words])
         said = self.capsys.readouterr()
@@ -168,6 +170,7 @@ def test_asked_by_version_the_same_link_breaks(traced: Traced, what: str) -> Non
     tamper(traced)
     code, states = traced.ask(f"models:/{traced.name}@candidate")
     assert (code, [name for name, state in states.items() if state == "BROKEN"]) == (3, [broken]), traced.said
+    assert ".." not in traced.said.rpartition("shardline: error: ")[2].replace("...", "")
 
 
 def test_a_run_that_knows_of_no_mlflow_run_finds_it_by_its_job(traced: Traced) -> None:
@@ -197,6 +200,49 @@ def test_what_is_away_is_not_reachable_and_nothing_is_broken(traced: Traced, tmp
     assert (code, away) == (0, {"data set", "MLflow run", "checkpoint", "version"}), traced.said
     assert "3 verified, 4 out of reach" in traced.said
     assert "MLflow at http://127.0.0.1:9 cannot be reached" in traced.said
+
+
+def test_a_data_set_that_only_lies_where_the_run_is_not_known_to_have_had_its_own_breaks_nothing(
+    traced: Traced, multi_dataset: DatasetManifest
+) -> None:
+    shutil.rmtree(traced.config.run_dir)
+    code, states = traced.ask(f"models:/{traced.name}/1", dataset=str(multi_dataset.folder))
+    assert (code, states["data set"], states["version"]) == (0, "not reachable", "verified"), traced.said
+    assert "is another data set; give --dataset.path" in traced.said
+    assert "parity: no run folder\n" in traced.said, "and no file of a temporary folder"
+
+
+def test_where_nothing_was_reached_it_says_so(traced: Traced, tmp_path: Path) -> None:
+    alone = Path(shutil.copy(traced.model, tmp_path / "alone.onnx"))
+    shutil.rmtree(traced.config.run_dir)
+    code, states = traced.ask(str(alone), uri="http://127.0.0.1:9", dataset=str(tmp_path / "none"))
+    assert (code, states) == (0, dict.fromkeys(LINKS, "not reachable")), traced.said
+    assert "nothing could be verified" in traced.said
+
+
+def test_a_data_set_whose_server_is_away_breaks_nothing(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> None:
+        raise DataError("http://127.0.0.1:9/shards/dataset.json: could not be read in 4 attempts (refused).")
+
+    monkeypatch.setattr(cli, "load_dataset", away)
+    dataset = dataclasses.replace(traced.config.dataset, path="http://127.0.0.1:9/shards")
+    save_config(dataclasses.replace(traced.config, dataset=dataset))
+    code, states = traced.ask()
+    assert (code, states["data set"], states["run"]) == (0, "not reachable", "verified"), traced.said
+
+
+@pytest.mark.parametrize("content", [b"", b"path,label\n", b"\x08\x07"])
+def test_what_is_no_model_of_ours_is_refused(traced: Traced, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "notes.csv").write_bytes(content)
+    assert traced.ask(str(tmp_path / "notes.csv")) == (2, {})
+    assert "notes.csv: is no model of `shardline export`" in traced.said
+
+
+def test_a_run_that_the_server_does_not_know_is_not_there(traced: Traced) -> None:
+    change_json(traced.config.run_dir / "run.json", "mlflow", {"uri": None, "experiment": None, "run_id": "f" * 32})
+    code, states = traced.ask()
+    assert (code, states["MLflow run"]) == (0, "not reachable"), traced.said
+    assert "MLflow run: the run is not there; `shardline sync RUN` delivers it" in " ".join(traced.said.split())
 
 
 def test_a_copy_of_the_file_leads_to_its_run_even_if_that_was_moved_aside(traced: Traced, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from pipeline import cli
 from pipeline.comparison import Comparison, compare_paired
 from pipeline.errors import DataError, RunError
-from pipeline.tracking.promotion import objection, promote
+from pipeline.tracking import promotion
+from pipeline.tracking.promotion import describe, objection, promote
 from pipeline.tracking.registry import alias_version
 from tests.unit.tracking.conftest import Registry
 
@@ -119,6 +120,12 @@ def test_many_images_with_few_differences_allow_a_drop_of_chance() -> None:
     assert objection(comparison, 0.005) == ""
 
 
+def test_the_sentence_tells_candidate_and_champion_apart() -> None:
+    said = describe(compare_paired([True, True, True, False], [True, False, True, False]))
+    assert said.startswith("accuracy 0.7500, the champion's 0.5000, on the same 4 samples: +0.2500, 95 % interval ")
+    assert "McNemar p = 1 (1 right with the candidate alone, 0 with the champion alone)" in said
+
+
 def test_force_moves_it_and_leaves_word_of_who_and_why(registry: Registry, name: str, add_version: AddVersion) -> None:
     add_version(answers(100))
     promote(registry.client, name, 0.005)
@@ -166,6 +173,47 @@ def test_other_samples_of_the_same_number_are_not_compared(registry: Registry, n
         promote(registry.client, name, 0.005)
 
 
+def test_a_champion_whose_run_is_gone_cannot_be_compared_with_but_replaced_by_force(
+    registry: Registry, name: str, add_version: AddVersion
+) -> None:
+    add_version(answers(100))
+    registry.client.create_model_version(name, "file:///elsewhere")
+    registry.client.set_registered_model_alias(name, "champion", "2")
+    with pytest.raises(RunError, match=r"version 2 of .*: its run \(None\) is not in MLflow, .* Give --force"):
+        promote(registry.client, name, 0.005)
+    assert promote(registry.client, name, 0.005, force=True).kind == "forced"
+    assert champion(registry, name) == "1"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_champion_that_another_promotion_made_in_the_meantime_stays(
+    registry: Registry, name: str, add_version: AddVersion, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    add_version(answers(100))
+    add_version(answers(50))
+    decide = promotion._decide
+
+    def slowly(*arguments: Any) -> promotion.Decision:
+        decision = decide(*arguments)
+        registry.client.set_registered_model_alias(name, "champion", "1")
+        return decision
+
+    monkeypatch.setattr(promotion, "_decide", slowly)
+    with pytest.raises(RunError, match="somebody else moved the champion in the meantime"):
+        promote(registry.client, name, 0.005, force=force)
+    assert champion(registry, name) == "1"
+    assert tags(registry, name, "2") == {}
+
+
+def test_a_damaged_result_is_one_line_and_yields_to_force(registry: Registry, name: str, add_version: AddVersion) -> None:
+    add_version(answers(100))
+    version = registry.client.get_model_version(name, "1")
+    registry.client.log_text(str(version.run_id), '{"split": "te', "evaluation/test.json")
+    with pytest.raises(RunError, match=r"version 1 of .*: its evaluation in MLflow is damaged .* Run `shardline evaluate`"):
+        promote(registry.client, name, 0.005)
+    assert promote(registry.client, name, 0.005, force=True).kind == "forced"
+
+
 def test_without_predictions_there_is_a_remedy(registry: Registry, name: str, add_version: AddVersion) -> None:
     add_version(None)
     with pytest.raises(
@@ -197,7 +245,10 @@ def test_the_verb_says_no_with_the_numbers_and_exit_3(
     add_version(answers(140))
     assert cli.main(arguments) == 3
     said = capsys.readouterr().err
-    assert f"version 2 of {name} is not promoted: accuracy 0.8600 beside 0.9000 on the same 1,000 samples: -0.0400" in said
+    assert (
+        f"version 2 of {name} is not promoted: accuracy 0.8600, the champion's 0.9000, on the same 1,000 samples: -0.0400"
+        in said
+    )
     assert said.count("\n") == 1
     assert cli.main([*arguments, "--force"]) == 0
     assert "is version 2, by --force" in capsys.readouterr().out

@@ -1,6 +1,8 @@
 import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from pipeline.config import Config, TrackingConfig
 from pipeline.errors import ConfigError, RunError
 from pipeline.tracking import ui
 from pipeline.tracking.server import PLACE, Place, Server, server_of
+from tests.processes import wait_until
 
 SERVER = Server("http://tracking.example.org:5000", "shapes")
 
@@ -103,3 +106,26 @@ def test_a_server_that_does_not_start_says_why(
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     assert main(["ui", f"--runs_dir={tmp_path}", "--port=0"]) == 1
     assert "did not start: out-of-date database schema; take a backup and run mlflow db upgrade" in capsys.readouterr().err
+
+
+def test_a_killed_verb_takes_its_server_with_it(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho $$ > {pid}.part\nmv {pid}.part {pid}\nexec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    code = f"""
+import sys
+from pathlib import Path
+from pipeline.tracking import ui
+from pipeline.tracking.server import Server
+sys.executable = {str(tmp_path / "python")!r}
+with ui._served(Server("sqlite:///none.db", "shapes"), Path({str(tmp_path)!r}), 1):
+    pass
+"""
+    verb = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        wait_until(pid.is_file, "the server", seconds=30)
+    finally:
+        verb.kill()
+        verb.wait()
+    stat = Path(f"/proc/{pid.read_text().strip()}/stat")
+    wait_until(lambda: not stat.is_file() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z", "its end", seconds=10)
