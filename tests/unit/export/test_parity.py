@@ -39,17 +39,22 @@ def test_the_true_model_passes_in_every_case(
     parity = ask(tiny_network, exported_model, dataset)
     assert parity.passed
     asked = {(case.batch, case.optimization, case.run) for case in parity.cases}
-    assert asked == {(batch, level, run) for batch in (1, 2, 3, 5) for level in ("off", "on") for run in (1, 2)}
+    assert asked == {(batch, level, run) for batch in (1, 2, 3, 5, 7) for level in ("off", "on") for run in (1, 2)}
     # float32 logits of order 1 differ by a few units in the last place.
     assert max(case.max_abs for case in parity.cases) < 1e-5
     assert (parity.top1_agreement, parity.num_samples) == (1.0, 12)
+    assert parity.reference_max_abs < 1e-5
+    assert parity.accuracy["torch"] == parity.accuracy["onnx"]
 
 
 def test_the_report_has_the_fields_of_the_contract(
     tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
 ) -> None:
     report = json.loads(json.dumps(dataclasses.asdict(ask(tiny_network, exported_model, dataset))))
-    assert set(report) == {"passed", "cases", "top1_agreement", "num_samples", "sha256"}
+    assert set(report) == {
+        *("passed", "cases", "top1_agreement", "num_samples", "sha256"),
+        *("accuracy", "reference_max_abs", "golden_sha256"),
+    }
     assert set(report["cases"][0]) == {"batch", "optimization", "run", "max_abs", "tolerance"}
 
 
@@ -69,7 +74,8 @@ def test_a_changed_weight_fails(
 ) -> None:
     parity = ask(tiny_network, change_the_weights(exported_model, value), dataset)
     assert not parity.passed
-    assert len(parity.cases) == 4 * 2 * 2
+    assert len(parity.cases) == 5 * 2 * 2
+    assert parity.reference_max_abs > CONFIG.tolerance
     assert all(case.max_abs > case.tolerance for case in parity.cases)
     if not np.isfinite(value):
         assert {case.max_abs for case in parity.cases} == {np.inf}, "an answer that is no number is infinitely wrong"
