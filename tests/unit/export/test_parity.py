@@ -134,9 +134,11 @@ def test_the_network_is_asked_in_evaluation_mode_whatever_mode_it_comes_in(
 def test_a_model_of_several_labels_passes_and_one_of_another_task_does_not(
     tiny_network: nn.Sequential, multi_model: onnx.ModelProto, exported_model: onnx.ModelProto, dataset: ShardDataset
 ) -> None:
+    dataset.label_rows = np.eye(3, dtype=np.uint8)[dataset.rows["label"]]
     parity = compare(tiny_network, THREE_LABELS, multi_model.SerializeToString(), "s" * 64, dataset, CONFIG)
     assert parity.passed
     assert parity.top1_agreement == 1.0
+    assert parity.accuracy["torch"] == parity.accuracy["onnx"]
     other = compare(tiny_network, THREE_LABELS, exported_model.SerializeToString(), "s" * 64, dataset, CONFIG)
     assert not other.passed
     assert other.top1_agreement < 1.0, "a softmax puts other labels over 0.5 than a sigmoid does"
