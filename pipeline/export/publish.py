@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
+from PIL import Image
+from torch import nn
 
 import pipeline
 from pipeline.config import Config
@@ -22,6 +24,7 @@ from pipeline.errors import GateError
 from pipeline.export.graph import export_graph, require_clean
 from pipeline.export.parity import Parity, compare, decodable, describe_failure
 from pipeline.files import move_aside, write_bytes, write_json
+from pipeline.golden import GOLDEN, GoldenVectors, awkward_images, decode_all
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
 from pipeline.models.sequential import network_for
 from pipeline.preprocess import PreprocessSpec
@@ -35,6 +38,7 @@ from pipeline.training.evaluate import RESULT as EVALUATION
 MODEL = Path("export/model.onnx")
 PARITY = Path("export/parity.json")
 EXAMPLE = Path("export/example.npy")
+GOLDEN_PATH = MODEL.with_name(GOLDEN)
 REFUSED = Path("export/parity-refused.json")
 
 
@@ -43,9 +47,9 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
     task = task_of(manifest, config)
     network = network_for(config, manifest, spec, pretrained=False)
     network.load_state_dict(load_network_weights(record.best_checkpoint(), record))
-    for path in (config.run_dir / MODEL, config.run_dir / PARITY):
-        if path.is_file():
-            move_aside(path)
+    for path in (MODEL, PARITY, GOLDEN_PATH):
+        if (config.run_dir / path).is_file():
+            move_aside(config.run_dir / path)
     model = export_graph(network, task, spec, config.export.opset, _metadata(manifest, task, spec, record))
     require_clean(model, spec, config.export.opset)
     content = model.SerializeToString(deterministic=True)
@@ -55,13 +59,25 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
         write_json(config.run_dir / REFUSED, dataclasses.asdict(parity))
         raise GateError(f"{describe_failure(parity)}. Nothing was published; see {config.run_dir / REFUSED}.")
     (config.run_dir / REFUSED).unlink(missing_ok=True)
+    _, image = next(decodable(dataset, range(len(dataset))))  # (3, H, W)
+    golden = golden_vectors(network, task, spec, image).to_bytes()
+    parity = dataclasses.replace(parity, golden_sha256=hashlib.sha256(golden).hexdigest())
+    write_bytes(config.run_dir / GOLDEN_PATH, golden)
     write_json(config.run_dir / PARITY, dataclasses.asdict(parity))
     write_bytes(config.run_dir / MODEL, content)
-    image = next(decodable(dataset, range(len(dataset)))).unsqueeze(0).numpy()  # (1, 3, H, W)
-    _log(config, manifest, record, parity, task, image)
+    _log(config, manifest, record, parity, task, image.unsqueeze(0).numpy())
     inputs = record.inputs_of("export", config, manifest.evaluation_split)
-    record.finish_stage("export", inputs, [config.run_dir / MODEL, config.run_dir / PARITY])
+    record.finish_stage("export", inputs, [config.run_dir / path for path in (MODEL, PARITY, GOLDEN_PATH)])
     return parity
+
+
+def golden_vectors(network: nn.Module, task: Task, spec: PreprocessSpec, image: torch.Tensor) -> GoldenVectors:
+    """What the trained network says of one image, uint8 (3, H, W), in forms that are awkward to decode."""
+    encoded = awkward_images(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    pixels = decode_all(encoded, spec)  # (N, H, W, 3)
+    with torch.no_grad():
+        logits = network(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())  # (N, num_outputs)
+    return GoldenVectors([*encoded], [*encoded.values()], pixels, task.probabilities(logits).numpy())
 
 
 def _metadata(manifest: DatasetManifest, task: Task, spec: PreprocessSpec, record: RunRecord) -> dict[str, object]:
@@ -95,7 +111,8 @@ def _log(
     np.save(content, image)
     write_bytes(config.run_dir / EXAMPLE, content.getvalue())
     tracker = open_tracker(config, record, status=None)
-    tracker.log_file(config.run_dir / PARITY, "export")
+    for path in (PARITY, GOLDEN_PATH):
+        tracker.log_file(config.run_dir / path, "export")
     tracker.log_model(_model_entry(config, record, parity, task))
     write_report(config, manifest, record, tracker)
     tracker.finish("FINISHED")

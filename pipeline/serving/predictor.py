@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pipeline.errors import DataError, ModelError
 from pipeline.files import sha256_of
+from pipeline.golden import GOLDEN, GoldenVectors, compare_golden, require_golden
 from pipeline.manifest import FORMAT_VERSION
 from pipeline.preprocess import Pixels, PreprocessSpec, decode_image, spec_from_dict
 
@@ -118,6 +119,9 @@ def verify_model(path: Path) -> dict[str, str]:
     parity_path = path.with_name("parity.json")
     if parity_path.is_file():
         proof = _require_proof(path, parity_path)
+    replayed = f"no {GOLDEN} beside it"
+    if path.with_name(GOLDEN).is_file():
+        replayed = _replay(predictor, path.with_name(GOLDEN))
     assert spec.fixed_size is not None
     empty = np.zeros((*spec.fixed_size, 3), dtype=np.uint8)
     answer = predictor.probabilities([empty, empty])  # (2, K)
@@ -131,9 +135,20 @@ def verify_model(path: Path) -> dict[str, str]:
         "classes": f"{len(predictor.class_names)}: {', '.join(predictor.class_names[:10])}",
         "input": f"{spec.fixed_size[0]} x {spec.fixed_size[1]} RGB",
         "proof": proof,
+        "replayed": replayed,
         "data set": str(metadata.get("data_digest", ""))[:12],
         "job": str(metadata.get("job_id", "")),
     }
+
+
+def _replay(predictor: Predictor, golden_path: Path) -> str:
+    """Decode and answer the golden vectors on this machine. Raises ModelError when it does otherwise than the exporting one."""
+    golden = GoldenVectors.read(golden_path)
+    fits = golden.probabilities.shape[1] == len(predictor.class_names)
+    if not fits or golden.pixels.shape[1:3] != predictor.spec.fixed_size:
+        raise ModelError(f"{golden_path}: belongs to another model. Export the model again.")
+    answers = predictor.probabilities([*golden.pixels])  # (N, K)
+    return require_golden(predictor.path, compare_golden(golden, predictor.spec, answers))
 
 
 def _require_proof(path: Path, parity_path: Path) -> str:
@@ -146,6 +161,9 @@ def _require_proof(path: Path, parity_path: Path) -> str:
         raise ModelError(f"{parity_path}: is not a parity report ({error}). Export the model again.") from error
     if passed is not True:
         raise ModelError(f"{path}: did not pass its parity test ({parity_path}). Export it again.")
+    golden_path = path.with_name(GOLDEN)
+    if parity.get("golden_sha256") and golden_path.is_file() and parity["golden_sha256"] != sha256_of(golden_path):
+        raise ModelError(f"{golden_path}: is not the file that was exported with the model. Export it again.")
     if sha256 != sha256_of(path):
         raise ModelError(f"{path}: is not the file that {parity_path} proved: its sha256 differs. Export it again.")
     return proof

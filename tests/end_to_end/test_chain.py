@@ -37,7 +37,7 @@ def test_the_digits_are_learned_on_two_processes(workspace: Path, chain: dict[st
 
 def test_the_model_is_one_file(workspace: Path, chain: dict[str, str]) -> None:
     found = sorted(path.name for path in (workspace / "runs/digits/export").iterdir())
-    assert found == ["example.npy", "model.onnx", "parity.json"]
+    assert found == ["example.npy", "golden.npz", "model.onnx", "parity.json"]
 
 
 def test_onnxruntime_alone_reaches_the_accuracy_of_the_evaluation(workspace: Path, chain: dict[str, str]) -> None:

@@ -40,10 +40,12 @@ def test_the_true_model_passes_in_every_case(
     parity = ask(tiny_network, exported_model, dataset)
     assert parity.passed
     asked = {(case.batch, case.optimization, case.run) for case in parity.cases}
-    assert asked == {(batch, level, run) for batch in (1, 2, 3, 5) for level in ("off", "on") for run in (1, 2)}
+    assert asked == {(batch, level, run) for batch in (1, 2, 3, 5, 7) for level in ("off", "on") for run in (1, 2)}
     # float32 logits of order 1 differ by a few units in the last place.
     assert max(case.max_abs for case in parity.cases) < 1e-5
     assert (parity.top1_agreement, parity.num_samples) == (1.0, 12)
+    assert parity.reference_max_abs < 1e-5
+    assert parity.accuracy["torch"] == parity.accuracy["onnx"]
 
 
 def test_images_that_cannot_be_decoded_are_not_held_against_the_model(
@@ -65,7 +67,10 @@ def test_the_report_has_the_fields_of_the_contract(
     tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
 ) -> None:
     report = json.loads(json.dumps(dataclasses.asdict(ask(tiny_network, exported_model, dataset))))
-    assert set(report) == {"passed", "cases", "top1_agreement", "num_samples", "sha256"}
+    assert set(report) == {
+        *("passed", "cases", "top1_agreement", "num_samples", "sha256"),
+        *("accuracy", "reference_max_abs", "golden_sha256"),
+    }
     assert set(report["cases"][0]) == {"batch", "optimization", "run", "max_abs", "tolerance"}
 
 
@@ -85,7 +90,8 @@ def test_a_changed_weight_fails(
 ) -> None:
     parity = ask(tiny_network, change_the_weights(exported_model, value), dataset)
     assert not parity.passed
-    assert len(parity.cases) == 4 * 2 * 2
+    assert len(parity.cases) == 5 * 2 * 2
+    assert parity.reference_max_abs > CONFIG.tolerance
     assert all(case.max_abs > case.tolerance for case in parity.cases)
     if not np.isfinite(value):
         assert {case.max_abs for case in parity.cases} == {np.inf}, "an answer that is no number is infinitely wrong"
@@ -144,9 +150,11 @@ def test_the_network_is_asked_in_evaluation_mode_whatever_mode_it_comes_in(
 def test_a_model_of_several_labels_passes_and_one_of_another_task_does_not(
     tiny_network: nn.Sequential, multi_model: onnx.ModelProto, exported_model: onnx.ModelProto, dataset: ShardDataset
 ) -> None:
+    dataset.label_rows = np.eye(3, dtype=np.uint8)[dataset.rows["label"]]
     parity = compare(tiny_network, THREE_LABELS, multi_model.SerializeToString(), "s" * 64, dataset, CONFIG)
     assert parity.passed
     assert parity.top1_agreement == 1.0
+    assert parity.accuracy["torch"] == parity.accuracy["onnx"]
     other = compare(tiny_network, THREE_LABELS, exported_model.SerializeToString(), "s" * 64, dataset, CONFIG)
     assert not other.passed
     assert other.top1_agreement < 1.0, "a softmax puts other labels over 0.5 than a sigmoid does"

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from pipeline.config import Config
-from pipeline.errors import GateError, RunError
+from pipeline.errors import GateError, ModelError, RunError
 from pipeline.export import publish
 from pipeline.files import sha256_of, write_json
+from pipeline.golden import GoldenVectors
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from pipeline.run import BEST, RunRecord
+from pipeline.serving.predictor import verify_model
 from pipeline.training.evaluate import RESULT
 from tests.unit.export.test_parity import change_the_weights
 
@@ -81,11 +83,11 @@ def test_a_proved_model_is_published_and_tracked(
     tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
 ) -> None:
     publish.export(tiny_config, tiny_dataset, tiny_spec, record)
-    assert exports(tiny_config) == ["example.npy", "model.onnx", "parity.json"]
+    assert exports(tiny_config) == ["example.npy", "golden.npz", "model.onnx", "parity.json"]
     parity = json.loads((tiny_config.run_dir / publish.PARITY).read_text())
     assert parity["passed"]
     assert parity["sha256"] == sha256_of(tiny_config.run_dir / publish.MODEL)
-    assert tracker.files == ["export/parity.json", "/report.html", "/model_card.md"]
+    assert tracker.files == ["export/parity.json", "export/golden.npz", "/report.html", "/model_card.md"]
     inputs = record.inputs_of("export", tiny_config, "test")
     assert record.stage_is_done("export", inputs)
     metadata = {entry.key: entry.value for entry in onnx.load(tiny_config.run_dir / publish.MODEL).metadata_props}
@@ -95,6 +97,24 @@ def test_a_proved_model_is_published_and_tracked(
     assert metadata["shardline.data_digest"] == tiny_dataset.digest
     assert metadata["shardline.job_id"] == record.job_id
     assert json.loads(metadata["shardline.preprocess"])["mean"] == tiny_spec.mean
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_verify_replays_the_golden_vectors_of_the_trained_network(
+    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
+) -> None:
+    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    model, golden = tiny_config.run_dir / publish.MODEL, tiny_config.run_dir / publish.GOLDEN_PATH
+    assert verify_model(model)["replayed"].startswith("11 images of awkward kinds: the same pixels, probabilities within ")
+    with golden.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ModelError, match=r"golden\.npz: is not the file that was exported with the model"):
+        verify_model(model)
+    wrong = GoldenVectors(["plain"], [b""], np.zeros((1, 8, 8, 3), dtype=np.uint8), np.zeros((1, 3), dtype=np.float32))
+    golden.write_bytes(wrong.to_bytes())
+    (tiny_config.run_dir / publish.PARITY).unlink()
+    with pytest.raises(ModelError, match=r"golden\.npz: belongs to another model"):
+        verify_model(model)
 
 
 @pytest.mark.usefixtures("quick_export")
