@@ -34,9 +34,7 @@ def test_two_trials_of_the_documented_sweep_are_two_runs_and_the_better_one_wins
     best = [json.loads((tmp_path / f"runs/sweep-00{number}/run.json").read_text())["best"]["value"] for number in (0, 1)]
     assert float(done.stdout.splitlines()[-1].split()[0]) == max(best)
     with sqlite3.connect(tmp_path / "runs/mlflow.db") as database:
-        rows = database.execute(
-            "SELECT name, value FROM runs JOIN params USING (run_uuid) WHERE key = 'dropout'"
-        ).fetchall()
+        rows = database.execute("SELECT name, value FROM runs JOIN params USING (run_uuid) WHERE key = 'dropout'").fetchall()
     chosen = dict(rows)
     assert set(chosen) == {"sweep-000", "sweep-001"}
     assert len(set(chosen.values())) == 2, "both trials have the same settings"

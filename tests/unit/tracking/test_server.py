@@ -29,8 +29,6 @@ def test_a_verb_that_is_not_told_the_server_goes_on_with_the_one_of_the_run(conf
     assert server_of(here) == Server("http://127.0.0.1:5000", "shapes")
     told = dataclasses.replace(here, tracking=TrackingConfig(uri="http://127.0.0.1:6000"))
     assert server_of(told).uri == "http://127.0.0.1:6000"
-    Place(server_of(config).uri, "shardline").save(here.run_dir)
-    assert server_of(here).uri == f"sqlite:///{tmp_path}/mlflow.db", "runs may have been moved with their database"
 
 
 def test_a_password_in_the_address_is_refused() -> None:
