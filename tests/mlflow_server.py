@@ -122,11 +122,15 @@ def proxy_before(server: MlflowServer) -> Iterator[Proxy]:
             elif fault == "artifacts" and self.command == "PUT":
                 self._answer(507, b"the store is full")
             else:
-                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-                connection.request(self.command, self.path, body, dict(self.headers.items()))
-                answer = connection.getresponse()
-                self._answer(answer.status, answer.read(), answer.headers.get("Content-Type", ""))
-                connection.close()
+                with contextlib.suppress(OSError):  # the server has gone in the meantime
+                    self._forward(body)
+
+        def _forward(self, body: bytes) -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            connection.request(self.command, self.path, body, dict(self.headers.items()))
+            answer = connection.getresponse()
+            self._answer(answer.status, answer.read(), answer.headers.get("Content-Type", ""))
+            connection.close()
 
         def _answer(self, status: int, content: bytes, kind: str = "text/plain") -> None:
             self.send_response(status)
