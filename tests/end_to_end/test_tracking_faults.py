@@ -155,7 +155,7 @@ def test_a_server_that_fails_throughout(workspace: Path, server: MlflowServer, p
 def test_a_server_that_takes_its_time(workspace: Path, server: MlflowServer, proxy: Proxy) -> None:
     proxy.fault = "slow"
     train(workspace, "slow", proxy.uri, left_alone, SHORT, MLFLOW_HTTP_REQUEST_TIMEOUT="30")
-    assert proxy.num_requests > 1
+    assert proxy.num_requests >= 1
     proxy.fault = "none"
     require_all_there(workspace, "slow", server)
 
