@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from tests.web import listening
 
 Fault = Literal["none", "500", "401", "slow", "artifacts"]
 START_SECONDS = 120.0
@@ -141,14 +142,5 @@ def proxy_before(server: MlflowServer) -> Iterator[Proxy]:
 
         do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = _pass_on  # noqa: N815 - http.server's names
 
-    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.daemon_threads = True
-    proxy.port = listener.server_address[1]
-    thread = threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
+    with listening(Handler) as proxy.port:
         yield proxy
-    finally:
-        listener.shutdown()
-        listener.server_close()
-        thread.join(timeout=10)

@@ -11,12 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.web import listening
 
 ACCESS_KEY, SECRET_KEY = "tester", "loopback-only"
 START_SECONDS = 60.0
@@ -176,16 +177,8 @@ def faulty_proxy(target_port: int, faults: Faults) -> Iterator[int]:
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on  # noqa: N815 - http.server's names
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=10)
+    with listening(Handler) as port:
+        yield port
 
 
 def _flip(content: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A web server on loopback for the files of a folder, with byte ranges (or without them) and a listing."""
+"""Web servers on loopback: any handler, and one for the files of a folder, with byte ranges (or without them) and a listing."""
 
 import contextlib
 import http.server
@@ -6,6 +6,21 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def listening(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[int]:
+    """Answer requests on a free port of loopback with `handler`, each in a thread of its own, and yield the port."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=10)
 
 
 @contextlib.contextmanager
@@ -35,13 +50,5 @@ def web_server(folder: Path, *, ranges: bool = True) -> Iterator[int]:
             self.end_headers()
             self.wfile.write(part)
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=10)
+    with listening(Handler) as port:
+        yield port

@@ -9,6 +9,7 @@ import platform
 import shlex
 import socket
 import sys
+import typing
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -29,15 +30,14 @@ DIGEST_LENGTH = 36  # as much as MLflow takes
 VALUE_LENGTH = 250
 
 
-def describe_run(config: Config, record: RunRecord) -> Entry:
-    """Name, tags, parameters and the whole configuration of the record's job."""
-    return {
-        "job_id": record.job_id,
-        "name": record.name,
-        "tags": {**_code_tags(record), **_machine_tags(record)},
-        "params": parameters(config),
-        "config": _without_credentials(config.as_dict()),
-    }
+def describe_run(record: RunRecord) -> dict[str, str]:
+    """Tags that say by which code, packages, command and machine the record's job is done."""
+    return {**_code_tags(record), **_machine_tags(record)}
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The whole configuration, fit to be shown to others."""
+    return typing.cast(dict[str, Any], _without_credentials(config.as_dict()))
 
 
 def parameters(config: Config) -> dict[str, str]:

@@ -23,7 +23,7 @@ from pipeline.manifest import DatasetManifest
 from pipeline.run import Outcome, RunRecord
 from pipeline.tracking.deliver import LONGEST_DRAIN_SECONDS, REFUSED, left_over, wait_for_delivery
 from pipeline.tracking.journal import FILES, FOLDER, POINTS, Entry, Journal, final_figures, last_steps, read_entries
-from pipeline.tracking.provenance import describe_dataset, describe_run
+from pipeline.tracking.provenance import describe_dataset, describe_run, parameters, settings
 from pipeline.tracking.server import Place, Server, place_of, server_of
 
 Status = Literal["RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED"]
@@ -101,13 +101,12 @@ class RunTracker:
 
     def begin(self, config: Config, record: RunRecord, status: Status | None, inputs: list[Entry] | None) -> None:
         """Say what the run is, with its data sets, and how it stands now. A stage after training adds nothing to that."""
-        described = describe_run(config, record)
-        settings = described.pop("config")
-        if inputs is None:
-            described |= {"tags": {}, "params": {}}
-        self._add(self._points, {"begin": described, "inputs": inputs or []})
+        begin: Entry = {"job_id": record.job_id, "name": record.name, "tags": {}, "params": {}}
+        if inputs is not None:
+            begin |= {"tags": describe_run(record), "params": parameters(config)}
+        self._add(self._points, {"begin": begin, "inputs": inputs or []})
         if inputs:
-            self._add(self._files, {"text": yaml.safe_dump(settings, sort_keys=False), "name": "config.yaml"})
+            self._add(self._files, {"text": yaml.safe_dump(settings(config), sort_keys=False), "name": "config.yaml"})
         self._say_status(status)
 
     def finish(self, status: Status | None = "FINISHED") -> None:

@@ -8,7 +8,7 @@ from pipeline.config import Config, DatasetConfig, LossConfig, ModelConfig, Opti
 from pipeline.manifest import DatasetManifest
 from pipeline.run import RunRecord
 from pipeline.tracking import provenance
-from pipeline.tracking.provenance import describe_dataset, describe_run, parameters
+from pipeline.tracking.provenance import describe_dataset, describe_run, parameters, settings
 
 
 def test_parameters_are_few_and_name_what_differs() -> None:
@@ -32,7 +32,7 @@ def test_settings_that_cannot_change_the_weights_are_no_parameters() -> None:
 
 def test_a_run_says_its_code_packages_machine_and_command(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["x", "train", "--dataset.path", "https://ann:secret@host/data"])
-    tags = describe_run(Config(), dataclasses.replace(record, world_size=16))["tags"]
+    tags = describe_run(dataclasses.replace(record, world_size=16))
     assert tags["mlflow.source.name"] == "shardline train --dataset.path https://***@host/data"
     assert tags["world_size"] == "16"
     assert "cores" in tags["hardware"]
@@ -48,10 +48,10 @@ def test_packages_have_a_digest_without_a_lock_file(monkeypatch: pytest.MonkeyPa
     assert provenance.packages_sha256() != locked
 
 
-def test_no_password_of_an_address_gets_into_the_configuration(record: RunRecord) -> None:
+def test_no_password_of_an_address_gets_into_the_configuration() -> None:
     merged = [{"path": "s3://key:secret@bucket/a"}]
     config = Config(dataset=DatasetConfig(path="https://ann:secret@host/data", merge=merged))
-    assert "secret" not in json.dumps(describe_run(config, record))
+    assert "secret" not in json.dumps([settings(config), parameters(config)])
 
 
 def test_a_remote_data_set_says_where_it_lies(tiny_dataset: DatasetManifest) -> None:

@@ -52,13 +52,15 @@ def config(tiny_config: Config) -> Config:
     return change(tiny_config, "trainer", log_every_steps=2)
 
 
+@pytest.fixture
+def driver(config: Config, make_classifier: Callable[[Config], Classifier], monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """Calls the hooks at the times that a test says."""
+    return Driver(config, make_classifier(config), monkeypatch)
+
+
 def test_waiting_counts_from_the_end_of_a_batch_to_the_next_and_validations_count_as_neither(
-    config: Config,
-    make_classifier: Callable[[Config], Classifier],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    driver: Driver, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    driver = Driver(config, make_classifier(config), monkeypatch)
     driver.begin_epoch()
     driver.batch(wait=50.0, work=9.0)  # loader processes start: left out
     driver.batch(wait=0.25, work=0.75)
@@ -82,12 +84,8 @@ def test_waiting_counts_from_the_end_of_a_batch_to_the_next_and_validations_coun
 
 
 def test_little_waiting_needs_no_advice_and_a_run_without_steps_says_nothing(
-    config: Config,
-    make_classifier: Callable[[Config], Classifier],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    driver: Driver, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    driver = Driver(config, make_classifier(config), monkeypatch)
     assert driver.end() == {}
     driver.begin_epoch()
     for _ in range(3):
