@@ -16,6 +16,8 @@ from pipeline.files import sha256_of
 from pipeline.manifest import DatasetManifest
 from pipeline.run import RunRecord
 from pipeline.tracking.run import RunTracker
+from pipeline.verbs import dataset, run
+from pipeline.verbs.parsing import without_options
 from tests.unit.report.given import ANSWERS, evaluate, train
 
 VERBS = ("shard", "verify", "inspect", "check", "train", "evaluate", "export", "predict")
@@ -125,8 +127,8 @@ def test_other_verbs_are_given_what_they_understand(
     argv: list[str], long: list[str] | None, for_others: list[str] | None
 ) -> None:
     long = long or argv
-    assert cli._with_long_options(argv) == long
-    assert cli._without_shard_options(long) == (for_others or long)
+    assert dataset._with_long_options(argv) == long
+    assert dataset._without_shard_options(long) == (for_others or long)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_a_mistake_in_the_options_of_shard_is_one_line(
 
 def test_what_only_check_understands_is_not_handed_on() -> None:
     argv = ["--only", "seed,labels", "--seed", "1", "--skip=overfit", "--check.skip=[leakage]"]
-    assert cli._without_options(argv, cli.CHECK_OPTIONS) == ["--seed", "1", "--check.skip=[leakage]"]
+    assert without_options(argv, run.CHECK_OPTIONS) == ["--seed", "1", "--check.skip=[leakage]"]
 
 
 @pytest.fixture
@@ -212,15 +214,15 @@ def test_a_rank_compares_nothing(evaluated: list[str], monkeypatch: pytest.Monke
 
 def test_an_evaluation_says_whether_the_network_beats_what_needs_none() -> None:
     figures = {"majority": 0.1, "logistic_regression": 0.9725}
-    assert cli._beside_baselines(None) == {}
-    beaten = cli._beside_baselines({**figures, "beaten": True})
+    assert run._beside_baselines(None) == {}
+    beaten = run._beside_baselines({**figures, "beaten": True})
     assert beaten == {"baselines": "beats logistic regression (0.9725)"}
-    assert cli._beside_baselines({**figures, "beaten": False}) == {"baselines": "DOES NOT BEAT logistic regression (0.9725)"}
+    assert run._beside_baselines({**figures, "beaten": False}) == {"baselines": "DOES NOT BEAT logistic regression (0.9725)"}
 
 
 def test_a_run_that_mlflow_has_not_heard_of_is_not_said_to_be_in_none(tmp_path: Path) -> None:
     config = Config(runs_dir=str(tmp_path), tracking=TrackingConfig(uri="http://127.0.0.1:9"))
     record = RunRecord("digits", "a" * 32, "c" * 64, "d" * 64, "p" * 64, git={}, folder=config.run_dir)
-    assert cli._run_in_mlflow(record, config) == "not made in http://127.0.0.1:9 yet"
+    assert run._run_in_mlflow(record, config) == "not made in http://127.0.0.1:9 yet"
     record.mlflow = {"uri": "http://127.0.0.1:9", "experiment": "shardline", "run_id": "b"}
-    assert cli._run_in_mlflow(record, config) == "b in http://127.0.0.1:9 (look at it with `shardline ui`)"
+    assert run._run_in_mlflow(record, config) == "b in http://127.0.0.1:9 (look at it with `shardline ui`)"
