@@ -49,8 +49,17 @@ class Slurm:
 
     def state(self, job: str) -> str:
         """The state of a job, also after its end."""
-        said = self.run("scontrol", "show", "job", job)
-        return next(word.partition("=")[2] for word in said.split() if word.startswith("JobState="))
+        return self.facts_of(job)["JobState"]
+
+    def minutes_run(self, job: str) -> int:
+        """Whole minutes for which a job has run."""
+        hours, minutes, _ = self.facts_of(job)["RunTime"].split(":")
+        return 60 * int(hours) + int(minutes)
+
+    def facts_of(self, job: str) -> dict[str, str]:
+        """What Slurm says of a job."""
+        words = self.run("scontrol", "show", "job", job).split()
+        return {name: value for name, _, value in (word.partition("=") for word in words)}
 
     def release(self, job: str) -> None:
         """Let a job begin that waits after a requeue, which takes two minutes otherwise."""

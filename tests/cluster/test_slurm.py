@@ -76,7 +76,7 @@ def bring_back(slurm: Slurm, node: str) -> None:
 
 
 def test_a_job_finishes_after_a_killed_rank_and_a_lost_node(slurm: Slurm, shared_folder: Path) -> None:
-    name, epochs = "hurt", 35
+    name, epochs = "hurt", 15
     job = submit(slurm, shared_folder, name, epochs)
     wait_until(lambda: newest_step(shared_folder, name) >= 10, "the first checkpoints", 120)
     kill(rank_on(slurm, "node2"))
@@ -104,13 +104,15 @@ def test_a_job_finishes_after_a_killed_rank_and_a_lost_node(slurm: Slurm, shared
 
 def test_a_job_that_meets_its_time_limit_saves_and_queues_itself_again(slurm: Slurm, shared_folder: Path) -> None:
     name = "limited"
-    job = submit(slurm, shared_folder, name, 600, "--time=3", "--signal=B:USR1@70")
+    job = submit(slurm, shared_folder, name, 600, "--time=30", "--signal=B:USR1@70")
+    wait_until(lambda: newest_step(shared_folder, name) >= 10, "the first checkpoints", 120)
+    # The warning comes when less than 70 s are left, and Slurm looks twice a minute: less to wait for than from the start.
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={slurm.minutes_run(job) + 2}")
 
     def stopped_at() -> list[str]:
-        slurm.release(job)  # Slurm may give its warning a minute early, before training has begun
         return re.findall(r"stopped by SIGUSR1 after step (\d+), saved", log_of(shared_folder, job))
 
-    wait_until(lambda: bool(stopped_at()), "the warning before the time limit", 340)
+    wait_until(lambda: bool(stopped_at()), "the warning before the time limit", 150)
     (step,) = stopped_at()
     wait_until(lambda: "time limit: queued again to go on from the save" in log_of(shared_folder, job), "the requeue", 20)
     assert newest_step(shared_folder, name) == int(step)

@@ -19,6 +19,8 @@ from tests.processes import processes_of, ranks_of, wait_until
 
 pytestmark = pytest.mark.cluster
 STEPS_PER_EPOCH = 16  # 1,069 samples in batches of 64
+# Enough to be hurt on the way: the first checkpoint is awaited after 10 steps, and each costs a tenth of a second.
+NUM_EPOCHS = 12
 POD = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "h1", "PET_MASTER_PORT": "29500"}
 
 
@@ -107,7 +109,7 @@ def test_doctor_looks_at_both_hosts_and_at_what_lies_between_them(hosts: Hosts) 
 
 def test_a_killed_worker_is_named_on_both_hosts_and_the_job_goes_on(hosts: Hosts) -> None:
     run_dir = hosts.folder / "runs/worker"
-    command = ["shardline", "train", *settings("worker", 25)]
+    command = ["shardline", "train", *settings("worker", NUM_EPOCHS)]
     with both(hosts, "worker", command) as pods:
         wait_for_checkpoints(run_dir, pods)
         os.kill(ranks_of(run_dir)[1], signal.SIGKILL)
@@ -119,12 +121,12 @@ def test_a_killed_worker_is_named_on_both_hosts_and_the_job_goes_on(hosts: Hosts
     with both(hosts, "worker", command) as pods:
         assert [pod.wait(timeout=150) for pod in pods] == [0, 0], said_by(hosts, "worker")
     assert re.search(r"going on after step \d+:", said_by(hosts, "worker"))
-    assert newest_step(run_dir) == 25 * STEPS_PER_EPOCH
+    assert newest_step(run_dir) == NUM_EPOCHS * STEPS_PER_EPOCH
 
 
 def test_a_link_that_stays_cut_ends_both_sides_with_a_word_about_the_other_and_the_job_goes_on(hosts: Hosts) -> None:
     run_dir = hosts.folder / "runs/long-cut"
-    command = ["shardline", "train", *settings("long-cut", 30, timeout=15)]
+    command = ["shardline", "train", *settings("long-cut", NUM_EPOCHS, timeout=15)]
     with both(hosts, "long-cut", command) as pods:
         wait_for_checkpoints(run_dir, pods)
         hosts.cut_link()
@@ -138,7 +140,7 @@ def test_a_link_that_stays_cut_ends_both_sides_with_a_word_about_the_other_and_t
     wait_until(lambda: not processes_of(run_dir), "the last process to end", seconds=20)
     with both(hosts, "long-cut", command) as pods:
         assert [pod.wait(timeout=150) for pod in pods] == [0, 0], said_by(hosts, "long-cut")
-    assert newest_step(run_dir) == 30 * STEPS_PER_EPOCH
+    assert newest_step(run_dir) == NUM_EPOCHS * STEPS_PER_EPOCH
 
 
 # ---- plain torchrun, elastic ----
@@ -161,21 +163,21 @@ def elastic(hosts: Hosts, name: str, arguments: list[str]) -> Iterator[list[subp
 
 def test_elastic_torchrun_goes_on_after_a_killed_worker(hosts: Hosts) -> None:
     run_dir = hosts.folder / "runs/elastic"
-    with elastic(hosts, "elastic", settings("elastic", 30)) as agents:
+    with elastic(hosts, "elastic", settings("elastic", NUM_EPOCHS)) as agents:
         wait_for_checkpoints(run_dir, agents)
         os.kill(worker_of(agents[1].pid), signal.SIGKILL)
         codes = [agent.wait(timeout=200) for agent in agents]
     said = said_by(hosts, "elastic")
     assert codes == [0, 0], said
     assert re.search(r"going on after step \d+:", said)
-    assert newest_step(run_dir) == 30 * STEPS_PER_EPOCH
+    assert newest_step(run_dir) == NUM_EPOCHS * STEPS_PER_EPOCH
 
 
 @pytest.mark.parametrize(("seconds", "is_sat_out"), [(10, True), (40, False)])
 def test_elastic_torchrun_goes_on_after_a_cut_of_the_link(hosts: Hosts, seconds: int, is_sat_out: bool) -> None:
     name = f"cut-{seconds}"
     run_dir = hosts.folder / "runs" / name
-    with elastic(hosts, name, settings(name, 30, timeout=25)) as agents:
+    with elastic(hosts, name, settings(name, NUM_EPOCHS, timeout=25)) as agents:
         wait_for_checkpoints(run_dir, agents)
         hosts.cut_link()
         time.sleep(seconds)
@@ -184,7 +186,7 @@ def test_elastic_torchrun_goes_on_after_a_cut_of_the_link(hosts: Hosts, seconds:
     said = said_by(hosts, name)
     assert codes == [0, 0], said
     assert bool(re.search(r"going on after step \d+:", said)) is not is_sat_out
-    assert newest_step(run_dir) == 30 * STEPS_PER_EPOCH
+    assert newest_step(run_dir) == NUM_EPOCHS * STEPS_PER_EPOCH
 
 
 def worker_of(agent: int) -> int:
