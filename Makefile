@@ -20,6 +20,8 @@ K8S ?= indexed-job
 READY := $(VENV)/.ready
 SHARDLINE := $(VENV)/bin/shardline
 SETTINGS := --config $(CONFIG) $(ARGS)
+# Files of tests side by side: many of them wait for a server, a time-out or a process more than they compute.
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile
 CUDA_PACKAGES := torch|torchvision|triton|cuda-.*|nvidia-.*
 
 help: ## show this list
@@ -92,10 +94,10 @@ format: $(READY) ## let ruff rewrite what it can
 	@$(VENV)/bin/ruff format .
 
 test: $(READY) ## every test
-	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(TWO_AT_ONCE)
 
 test-cluster: $(READY) ## a real Slurm and two hosts on this machine; root, slurm-wlm, munge, iproute2, kubectl
-	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m cluster tests/cluster
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(TWO_AT_ONCE) -m cluster tests/cluster
 
 bench: $(READY) ## our data stage beside other loaders, on this machine
 	$(SHARDLINE) bench data $(ARGS)

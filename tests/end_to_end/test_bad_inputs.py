@@ -19,12 +19,20 @@ from tests.processes import shardline
 DATA = "--dataset.path=data/digits"
 
 
+@pytest.fixture(scope="module")
+def bare_workspace(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shards of the digits, and no run."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copytree(workspace / "data/digits", folder / "data/digits")
+    return folder
+
+
 @pytest.fixture
-def inside(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def inside(bare_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The workspace as the current folder, with no PROCS from outside."""
-    monkeypatch.chdir(workspace)
+    monkeypatch.chdir(bare_workspace)
     monkeypatch.delenv("PROCS", raising=False)
-    return workspace
+    return bare_workspace
 
 
 @pytest.fixture
@@ -203,13 +211,12 @@ def test_a_full_disk_leaves_nothing_half_written_and_a_larger_one_is_gone_on_wit
 
 
 def test_predict_answers_for_the_good_images_and_names_the_bad(
-    inside: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], chain: dict[str, str]
+    workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], chain: dict[str, str]
 ) -> None:
     Image.new("RGB", (16, 16), "white").save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"not an image")
-    assert (
-        main(["predict", "runs/digits/export/model.onnx", str(tmp_path / "bad.png"), str(tmp_path / "good.png"), "--json"]) == 2
-    )
+    model = str(workspace / "runs/digits/export/model.onnx")
+    assert main(["predict", model, str(tmp_path / "bad.png"), str(tmp_path / "good.png"), "--json"]) == 2
     said = capfd.readouterr()
     bad, good = json.loads(said.out)
     assert "error" in bad
