@@ -1,11 +1,14 @@
 """`shardline export`: the best checkpoint becomes RUN/export/model.onnx, if and only if it passes lint and parity."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import platform
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from torch import nn
 
 import pipeline
 from pipeline.config import Config
+from pipeline.console import say
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import GateError
 from pipeline.export.graph import export_graph, require_clean
@@ -35,57 +39,104 @@ from pipeline.tracking.run import open_tracker
 from pipeline.training.checkpoint import load_network_weights
 from pipeline.training.evaluate import RESULT as EVALUATION
 
-MODEL = Path("export/model.onnx")
-PARITY = Path("export/parity.json")
-EXAMPLE = Path("export/example.npy")
-GOLDEN_PATH = MODEL.with_name(GOLDEN)
-REFUSED = Path("export/parity-refused.json")
+FOLDER = Path("export")
+MODEL = FOLDER / "model.onnx"
+PARITY = FOLDER / "parity.json"
+GOLDEN_PATH = FOLDER / GOLDEN
+EXAMPLE = FOLDER / "example.npy"
+REFUSED = FOLDER / "parity-refused.json"
+Probabilities = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The network of the best checkpoint and the images it is asked for: what every exported file is measured by."""
+
+    config: Config
+    manifest: DatasetManifest
+    spec: PreprocessSpec
+    record: RunRecord
+    task: Task
+    network: nn.Module
+    dataset: ShardDataset  # of the evaluation split
+
+    @classmethod
+    def load(cls, config: Config, manifest: DatasetManifest, spec: PreprocessSpec, record: RunRecord) -> "Trained":
+        """Read the best checkpoint of a run. Raises RunError where it is gone or not the one that training left."""
+        network = network_for(config, manifest, spec, pretrained=False)
+        network.load_state_dict(load_network_weights(record.best_checkpoint(), record))
+        dataset = ShardDataset(manifest, manifest.evaluation_split, spec, config=config.data)
+        return cls(config, manifest, spec, record, task_of(manifest, config), network.eval(), dataset)
+
+    def probabilities(self, images: torch.Tensor) -> Probabilities:
+        """What the trained network says of uint8 images (N, 3, H, W): (N, K)."""
+        with torch.no_grad():
+            return np.asarray(self.task.probabilities(self.network(images)).numpy())
+
+    @functools.cached_property
+    def example(self) -> torch.Tensor:
+        """The first image of the evaluation split that can be decoded, uint8 (3, H, W)."""
+        return next(decodable(self.dataset, range(len(self.dataset))))[1]
 
 
 def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, record: RunRecord) -> Parity:
     """Export, lint, compare on the evaluation split and publish. Raises GateError and publishes nothing when one says no."""
-    task = task_of(manifest, config)
-    network = network_for(config, manifest, spec, pretrained=False)
-    network.load_state_dict(load_network_weights(record.best_checkpoint(), record))
-    for path in (MODEL, PARITY, GOLDEN_PATH):
-        if (config.run_dir / path).is_file():
-            move_aside(config.run_dir / path)
-    model = export_graph(network, task, spec, config.export.opset, _metadata(manifest, task, spec, record))
+    trained = Trained.load(config, manifest, spec, record)
+    set_aside(config.run_dir / FOLDER)
+    model = export_graph(trained.network, trained.task, spec, config.export.opset, _metadata(trained))
     require_clean(model, spec, config.export.opset)
     content = model.SerializeToString(deterministic=True)
-    dataset = ShardDataset(manifest, manifest.evaluation_split, spec, config=config.data)
-    parity = compare(network, task, content, hashlib.sha256(content).hexdigest(), dataset, config.export)
+    parity = compare(
+        trained.network, trained.task, content, hashlib.sha256(content).hexdigest(), trained.dataset, config.export
+    )
     if not parity.passed:
         write_json(config.run_dir / REFUSED, dataclasses.asdict(parity))
         raise GateError(f"{describe_failure(parity)}. Nothing was published; see {config.run_dir / REFUSED}.")
-    (config.run_dir / REFUSED).unlink(missing_ok=True)
-    _, image = next(decodable(dataset, range(len(dataset))))  # (3, H, W)
-    golden = golden_vectors(network, task, spec, image).to_bytes()
-    parity = dataclasses.replace(parity, golden_sha256=hashlib.sha256(golden).hexdigest())
-    write_bytes(config.run_dir / GOLDEN_PATH, golden)
-    write_json(config.run_dir / PARITY, dataclasses.asdict(parity))
-    write_bytes(config.run_dir / MODEL, content)
-    _log(config, manifest, record, parity, task, image.unsqueeze(0).numpy())
-    inputs = record.inputs_of("export", config, manifest.evaluation_split)
-    record.finish_stage("export", inputs, [config.run_dir / path for path in (MODEL, PARITY, GOLDEN_PATH)])
+    golden = golden_vectors(trained.probabilities, spec, trained.example)
+    outputs = publish_folder(config.run_dir / FOLDER, content, parity, golden)
+    _log(trained, parity)
+    record.finish_stage("export", record.inputs_of("export", config, manifest.evaluation_split), outputs)
     return parity
 
 
-def golden_vectors(network: nn.Module, task: Task, spec: PreprocessSpec, image: torch.Tensor) -> GoldenVectors:
-    """What the trained network says of one image, uint8 (3, H, W), in forms that are awkward to decode."""
+def set_aside(folder: Path) -> None:
+    """Keep what an earlier export left, whole and with its proof, under another name: it is no longer the run's model."""
+    if folder.is_dir() and any(path.name != REFUSED.name for path in folder.iterdir()):
+        say(f"{folder}: the earlier export is kept as {move_aside(folder)}")
+
+
+def publish_folder(folder: Path, content: bytes, parity: Parity, golden: GoldenVectors) -> list[Path]:
+    """Leave one proved model, of any precision, in a folder of its own: `model.onnx`, `parity.json`, `golden.npz`.
+
+    The model is written last, so a folder that has one is complete. Returns the three paths.
+    """
+    vectors = golden.to_bytes()
+    parity = dataclasses.replace(parity, golden_sha256=hashlib.sha256(vectors).hexdigest())
+    paths = [folder / path.name for path in (GOLDEN_PATH, PARITY, MODEL)]
+    write_bytes(paths[0], vectors)
+    write_json(paths[1], dataclasses.asdict(parity))
+    write_bytes(paths[2], content)
+    (folder / REFUSED.name).unlink(missing_ok=True)
+    return paths
+
+
+def golden_vectors(
+    probabilities: Callable[[torch.Tensor], Probabilities], spec: PreprocessSpec, image: torch.Tensor
+) -> GoldenVectors:
+    """What `probabilities`, of uint8 (N, 3, H, W), says of one image, uint8 (3, H, W), in forms that are awkward to decode."""
     encoded = awkward_images(Image.fromarray(image.permute(1, 2, 0).numpy()))
     pixels = decode_all(encoded, spec)  # (N, H, W, 3)
-    with torch.no_grad():
-        logits = network(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())  # (N, num_outputs)
-    return GoldenVectors([*encoded], [*encoded.values()], pixels, task.probabilities(logits).numpy())
+    answers = probabilities(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+    return GoldenVectors([*encoded], [*encoded.values()], pixels, answers)
 
 
-def _metadata(manifest: DatasetManifest, task: Task, spec: PreprocessSpec, record: RunRecord) -> dict[str, object]:
+def _metadata(trained: Trained) -> dict[str, object]:
+    manifest, spec, record = trained.manifest, trained.spec, trained.record
     assert record.best is not None
     return {
         "format_version": FORMAT_VERSION,
         "class_names": manifest.class_names,
-        "task": task.kind,
+        "task": trained.task.kind,
         "preprocess": dataclasses.asdict(spec),
         "preprocess_hash": spec.hash(),
         "data_digest": manifest.digest,
@@ -103,18 +154,17 @@ def _metadata(manifest: DatasetManifest, task: Task, spec: PreprocessSpec, recor
     }
 
 
-def _log(
-    config: Config, manifest: DatasetManifest, record: RunRecord, parity: Parity, task: Task, image: npt.NDArray[np.uint8]
-) -> None:
-    """Have the model registered, with `image`, (1, 3, H, W), as its example."""
+def _log(trained: Trained, parity: Parity) -> None:
+    """Have the model registered, with an image, (1, 3, H, W), as its example."""
+    config, record = trained.config, trained.record
     content = io.BytesIO()
-    np.save(content, image)
+    np.save(content, trained.example.unsqueeze(0).numpy())
     write_bytes(config.run_dir / EXAMPLE, content.getvalue())
     tracker = open_tracker(config, record, status=None)
     for path in (PARITY, GOLDEN_PATH):
         tracker.log_file(config.run_dir / path, "export")
-    tracker.log_model(_model_entry(config, record, parity, task))
-    write_report(config, manifest, record, tracker)
+    tracker.log_model(_model_entry(config, record, parity, trained.task))
+    write_report(config, trained.manifest, record, tracker)
     tracker.finish("FINISHED")
 
 

@@ -165,7 +165,7 @@ def test_a_refused_model_has_no_file_under_a_final_name(
     with pytest.raises(GateError, match=r"does not give the trained network's answers: .* Nothing was published") as refusal:
         publish.export(strict, tiny_dataset, tiny_spec, record)
     assert refusal.value.exit_code == 3
-    assert not {"model.onnx", "parity.json"} & set(exports(tiny_config))
+    assert exports(tiny_config) == ["parity-refused.json"]
     assert not json.loads((tiny_config.run_dir / publish.REFUSED).read_text())["passed"]
     assert tracker.files == []
     assert not record.stage_is_done("export", record.inputs_of("export", strict, "test"))
@@ -199,10 +199,10 @@ def test_an_export_that_breaks_down_leaves_the_earlier_model_aside_and_none_in_i
     monkeypatch.setattr(publish, "export_graph", break_down)
     with pytest.raises(RuntimeError, match="broke down"):
         publish.export(tiny_config, tiny_dataset, tiny_spec, record)
-    kept = exports(tiny_config)
-    assert not {"model.onnx", "parity.json"} & set(kept)
-    (aside,) = [name for name in kept if name.startswith("model.onnx.")]
-    assert (tiny_config.run_dir / "export" / aside).read_bytes() == earlier
+    assert exports(tiny_config) == []
+    (aside,) = tiny_config.run_dir.glob("export.*")
+    assert (aside / "model.onnx").read_bytes() == earlier
+    assert verify_model(aside / "model.onnx")["proof"].startswith("top-1 agreement 1.0000"), "its proof went with it"
 
 
 @pytest.mark.usefixtures("quick_export")
@@ -210,8 +210,10 @@ def test_a_checkpoint_that_is_not_what_training_left_costs_no_published_model(
     tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
 ) -> None:
     publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    before = exports(tiny_config)
     with (tiny_config.run_dir / BEST).open("ab") as file:
         file.write(b"more")
     with pytest.raises(RunError, match=r"best\.ckpt: is not the file that training left"):
         publish.export(tiny_config, tiny_dataset, tiny_spec, record)
-    assert {"model.onnx", "parity.json"} <= set(exports(tiny_config))
+    assert exports(tiny_config) == before
+    assert {"model.onnx", "parity.json"} <= set(before)
