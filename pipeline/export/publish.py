@@ -25,8 +25,11 @@ from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import GateError
-from pipeline.export.graph import export_graph, require_clean
+from pipeline.export.contract import require_contract
+from pipeline.export.graph import export_graph
+from pipeline.export.lint import require_clean
 from pipeline.export.parity import Parity, compare, decodable, describe_failure
+from pipeline.export.tolerance import Precision
 from pipeline.files import move_aside, write_bytes, write_json
 from pipeline.golden import GOLDEN, GoldenVectors, awkward_images, decode_all
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
@@ -45,6 +48,9 @@ PARITY = FOLDER / "parity.json"
 GOLDEN_PATH = FOLDER / GOLDEN
 EXAMPLE = FOLDER / "example.npy"
 REFUSED = FOLDER / "parity-refused.json"
+# Between the accuracy of the evaluation, on its device in its precision, and that of the CPU in float32, of the same weights:
+# TF32 and autocast put images that are near the edge of two answers on its other side.
+EVALUATION_DIFFERENCE = {"32-true": 0.002, "bf16-mixed": 0.01, "16-mixed": 0.01}
 Probabilities = npt.NDArray[np.float32]
 
 
@@ -83,20 +89,77 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
     """Export, lint, compare on the evaluation split and publish. Raises GateError and publishes nothing when one says no."""
     trained = Trained.load(config, manifest, spec, record)
     set_aside(config.run_dir / FOLDER)
-    model = export_graph(trained.network, trained.task, spec, config.export.opset, _metadata(trained))
-    require_clean(model, spec, config.export.opset)
+    model = export_graph(trained.network, trained.task, spec, config.export.opset, metadata_of(trained, "fp32"))
     content = model.SerializeToString(deterministic=True)
-    parity = compare(
-        trained.network, trained.task, content, hashlib.sha256(content).hexdigest(), trained.dataset, config.export
-    )
-    if not parity.passed:
-        write_json(config.run_dir / REFUSED, dataclasses.asdict(parity))
-        raise GateError(f"{describe_failure(parity)}. Nothing was published; see {config.run_dir / REFUSED}.")
+    try:
+        require_clean(model, spec, config.export.opset)
+        require_contract(model, manifest, trained.task, spec)
+        parity = prove(trained, content)
+    except GateError as error:
+        raise _refused(trained, error) from error
     golden = golden_vectors(trained.probabilities, spec, trained.example)
     outputs = publish_folder(config.run_dir / FOLDER, content, parity, golden)
     _log(trained, parity)
     record.finish_stage("export", record.inputs_of("export", config, manifest.evaluation_split), outputs)
     return parity
+
+
+def prove(trained: Trained, content: bytes, precision: Precision = "fp32") -> Parity:
+    """Compare the serialized model with the trained network, and that with its own evaluation. Raises GateError."""
+    assert trained.record.best is not None
+    sha256 = hashlib.sha256(content).hexdigest()
+    parity = compare(trained.network, trained.task, content, sha256, trained.dataset, trained.config.export, precision)
+    parity = dataclasses.replace(
+        parity,
+        checkpoint_sha256=trained.record.best["sha256"],
+        data_digest=trained.manifest.digest,
+        preprocess_hash=trained.spec.hash(),
+    )
+    if parity.passed:
+        parity = _beside_evaluation(trained, parity)
+    if not parity.passed:
+        raise ParityError(parity)
+    return parity
+
+
+class ParityError(GateError):
+    """The model does not give the trained answers; `parity` says how far it is from them."""
+
+    def __init__(self, parity: Parity) -> None:
+        super().__init__(f"{describe_failure(parity)}.")
+        self.parity = parity
+
+
+def _beside_evaluation(trained: Trained, parity: Parity) -> Parity:
+    """Hold the accuracy of the torch network against what `evaluate` measured of the same checkpoint.
+
+    Where images are decoded or normalised otherwise than in training, the file and the network are wrong alike; this alone
+    sees it.
+    """
+    evaluation = evaluation_of(trained)
+    if not evaluation or evaluation["split"] != trained.dataset.split_name:
+        return parity
+    measured = float(evaluation["accuracy"])
+    allowed = max(EVALUATION_DIFFERENCE[trained.config.trainer.precision], 1 / parity.num_samples)
+    parity = dataclasses.replace(parity, evaluation={"accuracy": measured, "allowed_difference": allowed})
+    if abs(parity.accuracy["torch"] - measured) <= allowed:
+        return parity
+    reason = (
+        f"the trained network itself is right on {parity.accuracy['torch']:.4f} of the images here, but its evaluation says "
+        f"{measured:.4f} ({EVALUATION}): pixels, normalisation or weights are not those that were evaluated"
+    )
+    return dataclasses.replace(parity, passed=False, reason=reason)
+
+
+def _refused(trained: Trained, error: GateError) -> GateError:
+    """Leave why the model was refused, in a file and on the run's page, which must not go on to praise an earlier one."""
+    config, record = trained.config, trained.record
+    parity = dataclasses.asdict(error.parity) if isinstance(error, ParityError) else {}
+    write_json(config.run_dir / REFUSED, {"passed": False, "reason": str(error), **parity})
+    tracker = open_tracker(config, record, status=None)
+    write_report(config, trained.manifest, record, tracker)
+    tracker.finish("FINISHED")
+    return GateError(f"{error} Nothing was published; see {config.run_dir / REFUSED}.")
 
 
 def set_aside(folder: Path) -> None:
@@ -130,7 +193,8 @@ def golden_vectors(
     return GoldenVectors([*encoded], [*encoded.values()], pixels, answers)
 
 
-def _metadata(trained: Trained) -> dict[str, object]:
+def metadata_of(trained: Trained, precision: Precision) -> dict[str, object]:
+    """What a file of the trained network says of itself, under `shardline.`."""
     manifest, spec, record = trained.manifest, trained.spec, trained.record
     assert record.best is not None
     return {
@@ -144,6 +208,9 @@ def _metadata(trained: Trained) -> dict[str, object]:
         "mlflow_run_id": record.mlflow["run_id"] or "",
         "checkpoint_sha256": record.best["sha256"],
         "git_commit": record.git["commit"] or "",
+        "metrics": evaluation_of(trained),
+        "license": trained.config.export.license,
+        "precision": precision,
         "versions": {
             "shardline": pipeline.__version__,
             "python": platform.python_version(),
@@ -152,6 +219,17 @@ def _metadata(trained: Trained) -> dict[str, object]:
             "onnxruntime": onnxruntime.__version__,
         },
     }
+
+
+def evaluation_of(trained: Trained) -> dict[str, str | float]:
+    """Split, number of samples and every figure of the evaluation of this very checkpoint on these data; empty without one."""
+    path = trained.config.run_dir / EVALUATION
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    assert trained.record.best is not None
+    if result.get("checkpoint_sha256") != trained.record.best["sha256"]:
+        return {}
+    figures = {name: value for name, value in result.items() if isinstance(value, (int, float))}
+    return {"split": str(result["split"]), **figures}
 
 
 def _log(trained: Trained, parity: Parity) -> None:
@@ -163,16 +241,17 @@ def _log(trained: Trained, parity: Parity) -> None:
     tracker = open_tracker(config, record, status=None)
     for path in (PARITY, GOLDEN_PATH):
         tracker.log_file(config.run_dir / path, "export")
-    tracker.log_model(_model_entry(config, record, parity, trained.task))
+    tracker.log_model(_model_entry(trained, parity))
     write_report(config, trained.manifest, record, tracker)
     tracker.finish("FINISHED")
 
 
-def _model_entry(config: Config, record: RunRecord, parity: Parity, task: Task) -> dict[str, Any]:
+def _model_entry(trained: Trained, parity: Parity) -> dict[str, Any]:
     """What `registry.register_model` makes a version of. The `onnx/*` figures are told with the model, and nowhere else."""
+    config, record = trained.config, trained.record
     assert record.best is not None
     worst = max(case.max_abs for case in parity.cases)
-    evaluation = _evaluation_of(config, record)
+    evaluation = evaluation_of(trained)
     result = "not evaluated before its export"  # a version keeps its description
     if evaluation:
         result = f"{evaluation['split']} accuracy {float(evaluation['accuracy']):.4f} on {evaluation['num_samples']} images"
@@ -180,7 +259,7 @@ def _model_entry(config: Config, record: RunRecord, parity: Parity, task: Task) 
         "name": config.registered_model,
         "model": str(MODEL),
         "example": str(EXAMPLE),
-        "task": task.kind,
+        "task": trained.task.kind,
         "description": f"{result}; answers as the trained network does (largest difference {worst:.0e})",
         "params": {"opset": str(config.export.opset)},
         "metrics": {
@@ -195,17 +274,8 @@ def _model_entry(config: Config, record: RunRecord, parity: Parity, task: Task) 
             "job_id": record.job_id,
             "run_name": config.name,
             "git_commit": record.git["commit"] or "",
-            **({"accuracy": evaluation["accuracy"]} if evaluation else {}),
+            **({"accuracy": str(evaluation["accuracy"])} if evaluation else {}),
         },
         "requirements": [f"onnxruntime=={onnxruntime.__version__}"],
         "time": int(time.time() * 1000),
     }
-
-
-def _evaluation_of(config: Config, record: RunRecord) -> dict[str, str]:
-    """Accuracy, split and number of samples of the evaluation, where it was of this checkpoint."""
-    path = config.run_dir / EVALUATION
-    result = json.loads(path.read_text()) if path.is_file() else {}
-    if record.best is None or result.get("checkpoint_sha256") != record.best["sha256"]:
-        return {}
-    return {name: str(result[name]) for name in ("split", "num_samples", "accuracy")}

@@ -23,7 +23,7 @@ from tests.unit.export.test_parity import change_the_weights
 
 METADATA = {
     *("format_version", "class_names", "task", "preprocess", "preprocess_hash", "data_digest", "job_id", "mlflow_run_id"),
-    *("checkpoint_sha256", "git_commit", "versions"),
+    *("checkpoint_sha256", "git_commit", "versions", "metrics", "license", "precision"),
 }
 
 
