@@ -18,13 +18,14 @@ from pipeline.export.proto import nodes
 
 Target = Literal["onnxruntime", "triton", "openvino", "web"]
 ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Sqrt", "Pow", "Reciprocal", "Clip", "Cast"}
-LAYERS = {"Conv", "Gemm", "MatMul", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum", "ReduceL2"}
+LAYERS = {"Conv", "Gemm", "MatMul", "Einsum", "MaxPool", "AveragePool", "GlobalAveragePool"}
+SUMS = {"ReduceMean", "ReduceSum", "ReduceL2"}
 NORMS = {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
 ACTIVATIONS = {"Relu", "LeakyRelu", "Elu", "Erf", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Softmax"}
 SHAPES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Pad", "Expand", "Shape"}
 PLACES = {"Constant", "ConstantOfShape", "Identity", "Gather", "GatherND", "ScatterND", "Where", "Equal", "Not", "Range"}
 QUANTISED = {"QuantizeLinear", "DequantizeLinear"}
-EVERYWHERE = frozenset(ARITHMETIC | LAYERS | NORMS | ACTIVATIONS | SHAPES | PLACES | QUANTISED)
+EVERYWHERE = frozenset(ARITHMETIC | LAYERS | SUMS | NORMS | ACTIVATIONS | SHAPES | PLACES | QUANTISED)
 ALLOWED: dict[Target, frozenset[str]] = dict.fromkeys(("onnxruntime", "triton", "openvino", "web"), EVERYWHERE)
 
 

@@ -115,18 +115,19 @@ def prove(trained: Trained, content: bytes, precision: Precision = "fp32") -> Pa
         data_digest=trained.manifest.digest,
         preprocess_hash=trained.spec.hash(),
     )
-    if parity.passed:
-        parity = _beside_evaluation(trained, parity)
     if not parity.passed:
-        raise ParityError(parity)
+        raise ParityError(describe_failure(parity), parity)
+    parity = _beside_evaluation(trained, parity)
+    if not parity.passed:
+        raise ParityError(parity.reason, parity)
     return parity
 
 
 class ParityError(GateError):
     """The model does not give the trained answers; `parity` says how far it is from them."""
 
-    def __init__(self, parity: Parity) -> None:
-        super().__init__(f"{describe_failure(parity)}.")
+    def __init__(self, message: str, parity: Parity) -> None:
+        super().__init__(f"{message}.")
         self.parity = parity
 
 
@@ -145,7 +146,7 @@ def _beside_evaluation(trained: Trained, parity: Parity) -> Parity:
     if abs(parity.accuracy["torch"] - measured) <= allowed:
         return parity
     reason = (
-        f"the trained network itself is right on {parity.accuracy['torch']:.4f} of the images here, but its evaluation says "
+        f"the trained network is right on {parity.accuracy['torch']:.4f} of the images here, but its evaluation says "
         f"{measured:.4f} ({EVALUATION}): pixels, normalisation or weights are not those that were evaluated"
     )
     return dataclasses.replace(parity, passed=False, reason=reason)

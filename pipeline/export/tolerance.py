@@ -24,7 +24,7 @@ from pipeline.export.proto import constants, nodes
 
 Precision = Literal["fp32", "fp16", "int8"]
 SAFETY = 4.0
-WEIGHTED = ("Conv", "Gemm", "MatMul")
+WEIGHTED = ("Conv", "Gemm", "MatMul", "Einsum")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Every way in which we know an exported model to go wrong; each function damages a model as one real mistake would."""
 
 import json
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ HOME = "/home/somebody/shardline"
 def node_of(model: onnx.ModelProto, output: str) -> onnx.NodeProto:
     """The node that makes a value."""
     (found,) = [node for node in model.graph.node if output in node.output]
-    return found
+    return typing.cast(onnx.NodeProto, found)
 
 
 def insert_behind(model: onnx.ModelProto, value: str, *nodes: onnx.NodeProto) -> None:
@@ -30,7 +31,7 @@ def insert_behind(model: onnx.ModelProto, value: str, *nodes: onnx.NodeProto) ->
 def weight_of(model: onnx.ModelProto, node: onnx.NodeProto, place: int = 1) -> onnx.TensorProto:
     """The initializer that a node reads."""
     (found,) = [tensor for tensor in model.graph.initializer if tensor.name == node.input[place]]
-    return found
+    return typing.cast(onnx.TensorProto, found)
 
 
 def change_weight(tensor: onnx.TensorProto, change: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -119,10 +120,16 @@ def leave_out_the_normalisation(model: onnx.ModelProto) -> None:
         model.graph.node.remove(node)
 
 
+def hide_the_input(model: onnx.ModelProto) -> None:
+    """What follows the input says nothing of a normalisation."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, 3, 16, 16]), "same"))
+    insert_behind(model, "image", helper.make_node("Reshape", ["image", "same"], ["shown"]))
+
+
 def transpose_the_classes(model: onnx.ModelProto) -> None:
     """The last layer's first two outputs change places."""
     last = node_of(model, "logits")
-    for place in (1, 2):
+    for place in range(1, len(last.input)):  # a bias of zeros is left out
         change_weight(weight_of(model, last, place), lambda weight: weight[[1, 0, 2]])
 
 
@@ -278,5 +285,5 @@ def leak_in_the_metadata(model: onnx.ModelProto) -> None:
 
 
 def leak_in_an_attribute(model: onnx.ModelProto) -> None:
-    tensor = helper.make_tensor("text", TensorProto.STRING, [1], [f"{HOME}/.venv".encode()])
+    tensor = onnx.TensorProto(name="text", data_type=TensorProto.STRING, dims=[1], string_data=[f"{HOME}/.venv".encode()])
     model.graph.node.append(helper.make_node("Constant", [], ["text"], name="text", value=tensor))

@@ -37,6 +37,7 @@ def test_the_true_model_keeps_its_contract(
         (sabotage.say_nothing, "its metadata cannot be read"),
         (sabotage.move_the_mean, r"its normalisation is not that of its preprocessing: level \d+ of \w+ becomes .*, not "),
         (sabotage.leave_out_the_normalisation, "its normalisation is not that of its preprocessing"),
+        (sabotage.hide_the_input, "no normalisation follows its input"),
         (sabotage.turn_the_channels, "its channels are swapped: it takes blue for red"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

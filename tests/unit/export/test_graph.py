@@ -39,7 +39,7 @@ def test_nothing_of_the_building_machine_is_inside(model: onnx.ModelProto) -> No
 
 def test_no_part_of_the_graph_keeps_what_the_exporter_noted_on_it(model: onnx.ModelProto) -> None:
     assert not [part for part in parts(model) if getattr(part, "doc_string", "")]
-    assert not [part for part in parts(model) if part is not model and getattr(part, "metadata_props", ())]
+    assert not [part for part in parts(model) if part is not model and getattr(part, "metadata_props", None)]
 
 
 def test_the_metadata_carries_what_serving_needs(model: onnx.ModelProto, tiny_spec: PreprocessSpec) -> None:
