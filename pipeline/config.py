@@ -251,8 +251,11 @@ class ExportConfig:
     """The ONNX file and the gate before it."""
 
     opset: int = setting(20, "ONNX operator set", identity=False)
-    tolerance: float = setting(1e-4, "largest absolute difference of logits and probabilities", identity=False)
+    tolerance: float | None = setting(
+        None, "largest difference of logits and probabilities; null: what rounding in float32 explains", identity=False
+    )
     max_batch_size: int = setting(64, "largest batch in the parity test", identity=False)
+    license: str = setting("", "SPDX identifier of the model's licence, e.g. CC-BY-4.0; it travels in the file", identity=False)
 
 
 @dataclass(frozen=True)
@@ -599,6 +602,7 @@ RANGES = {
 }
 
 
+SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}")
 CREDENTIALS = re.compile(r"(\w+://)[^/\s]*@")
 TRACKING_URI = re.compile(r"https?://[^/\s]\S*|sqlite:///.*[^/\s]|(postgresql|mysql|mssql)(\+\w+)?://\S+")
 
@@ -636,6 +640,11 @@ def _require_sane(config: Config) -> None:
     if not config.name or config.name != Path(config.name).name or config.name.startswith("."):
         raise ConfigError(f"`name` is '{config.name}'; it must be a plain folder name.")
     require_tracking_uri(config.tracking.uri)
+    if config.export.license and not SPDX.fullmatch(config.export.license):
+        raise ConfigError(
+            f"`export.license` is '{config.export.license}'; it must be an SPDX identifier (https://spdx.org/licenses), for "
+            "example Apache-2.0 or CC-BY-4.0, or LicenseRef-NAME for a licence of your own."
+        )
     experiment = config.tracking.experiment
     if not experiment.strip() or len(experiment) > 500:
         raise ConfigError(f"`tracking.experiment` is '{experiment}'; it must be a name of at most 500 letters.")

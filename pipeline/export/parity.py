@@ -1,13 +1,15 @@
 """Does the ONNX file give the trained network's answers on real images? Asked before anybody can use it.
 
 onnxruntime's optimiser removes a dropout that was left in training mode, so a comparison with optimisation on alone proves
-nothing: both settings are asked, and each twice, because noise differs between two runs.
+nothing: both settings are asked, and each twice, because noise differs between two runs. How far answers may lie apart is
+reasoned from the arithmetic (`pipeline.export.tolerance`), unless the configuration says a number.
 """
 
 import contextlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,10 @@ from torch import nn
 
 from pipeline.config import ExportConfig
 from pipeline.data.dataset import ShardDataset
-from pipeline.errors import DataError
+from pipeline.errors import DataError, GateError
+from pipeline.export.diagnosis import REPEATED, Evidence, Outputs, explain, max_abs
+from pipeline.export.graph import evaluating
+from pipeline.export.tolerance import Precision, Tolerance, tolerance_of
 from pipeline.task import Task
 
 OPTIMIZATIONS = {
@@ -28,9 +33,10 @@ OPTIMIZATIONS = {
 }
 OUTPUTS = ("logits", "probabilities")
 NUM_REFERENCE = 2  # images for the reference evaluator
-# Nearer to 0.5 than this, two runtimes may round to different sides, and among millions of labels some do.
+# Two answers whose probabilities lie nearer than this are one to a runtime's rounding, and among millions of images some do.
 ON_THE_EDGE = 1e-5
-Array = npt.NDArray[np.float32]
+# What those images may cost or gain; of a small split it is one image.
+ACCURACY_DIFFERENCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,10 @@ class ParityCase:
 
 @dataclass(frozen=True)
 class Parity:
-    """parity.json. `sha256` is the file that was asked.
+    """parity.json. `sha256` is the file that was asked, `reason` why it was refused.
 
     `top1_agreement` is the share of images with the same answer; of several labels an image, with the same set of them. Images
-    that cannot be decoded are not counted.
+    that cannot be decoded are not counted. What was trained, on what and with which preprocessing is named by its digest.
     """
 
     passed: bool
@@ -60,91 +66,186 @@ class Parity:
     accuracy: dict[str, float]  # share of right answers of `torch` and `onnx` over the whole split
     reference_max_abs: float  # of the ONNX project's own evaluator, on a few images
     golden_sha256: str = ""  # of the golden vectors beside the model
+    reason: str = ""
+    precision: str = "fp32"
+    tolerance_reason: str = ""
+    repeat_max_abs: float = 0.0  # between two runs over the same images
+    allowed_accuracy_difference: float = 0.0  # of `torch` and `onnx`
+    # What the earlier evaluation of the same checkpoint measured, and how far `torch` may lie from it; empty without one.
+    evaluation: dict[str, float] = field(default_factory=dict)
+    checkpoint_sha256: str = ""
+    data_digest: str = ""
+    preprocess_hash: str = ""
 
 
-def compare(network: nn.Module, task: Task, content: bytes, sha256: str, dataset: ShardDataset, config: ExportConfig) -> Parity:
-    """Ask the torch network and the serialized ONNX model `content` for the same images of `dataset`."""
-    network = network.cpu().eval()
-    sessions = {name: _open_session(content, level) for name, level in OPTIMIZATIONS.items()}
-    cases = [
-        case
-        for size in sorted({1, 2, 3, 7, config.max_batch_size})
-        for case in _compare_batch(network, task, sessions, _repeat_to(dataset, size), config.tolerance)
-    ]
-    agreeing, num_samples, right = 0, 0, {"torch": 0, "onnx": 0}
-    for images, labels in _batches(dataset, config.max_batch_size):
-        answers = {"torch": _ask_torch(network, task, images), "onnx": _ask_onnx(sessions["on"], images)}
-        agreeing += int(_same_answers(task, answers["torch"], answers["onnx"]).sum())
-        num_samples += len(images)
-        for name, answer in answers.items():
-            if answer["logits"].shape == answers["torch"]["logits"].shape:  # else it is of another task
-                right[name] += int(task.correct(torch.from_numpy(answer["logits"]), labels).sum())
-    agreement, accuracy = agreeing / num_samples, {name: number / num_samples for name, number in right.items()}
-    reference = _ask_reference(network, task, content, _repeat_to(dataset, NUM_REFERENCE))
-    passed = agreement == 1.0 and all(case.max_abs <= case.tolerance for case in cases) and reference <= config.tolerance
-    return Parity(passed, cases, agreement, num_samples, sha256, accuracy, reference)
+@dataclass(frozen=True)
+class _Sides:
+    """The two that are asked: the trained network, and the serialized model in a session for each optimisation."""
+
+    network: nn.Module
+    task: Task
+    content: bytes
+    sessions: dict[str, onnxruntime.InferenceSession]
+    tolerance: Tolerance
+
+
+def compare(
+    network: nn.Module,
+    task: Task,
+    content: bytes,
+    sha256: str,
+    dataset: ShardDataset,
+    config: ExportConfig,
+    precision: Precision = "fp32",
+) -> Parity:
+    """Ask the torch network and the serialized ONNX model `content` for the same images of `dataset`.
+
+    Raises GateError where onnxruntime cannot load the model at all.
+    """
+    with evaluating(network) as plain:
+        sessions = {name: _open_session(content, level) for name, level in OPTIMIZATIONS.items()}
+        tolerance = tolerance_of(onnx.load_model_from_string(content), config.tolerance, precision)
+        sides = _Sides(plain, task, content, sessions, tolerance)
+        sizes = sorted({1, 2, 3, 7, config.max_batch_size})
+        batches = [_compare_batch(sides, _repeat_to(dataset, size)) for size in sizes]
+        parity = Parity(
+            passed=False,
+            cases=[case for batch in batches for case in batch.cases],
+            top1_agreement=0.0,
+            num_samples=0,
+            sha256=sha256,
+            accuracy={},
+            reference_max_abs=float("inf"),
+            precision=precision,
+            tolerance_reason=tolerance.reason,
+            repeat_max_abs=max(batch.repeat_max_abs for batch in batches),
+            reason=next((batch.error for batch in batches if batch.error), ""),
+        )
+        if parity.reason:  # nothing more can be asked of it
+            return parity
+        parity = _ask_whole_split(sides, dataset, config.max_batch_size, parity)
+        images = _repeat_to(dataset, NUM_REFERENCE)
+        wanted = _ask_torch(plain, task, images)
+        parity = replace(parity, reference_max_abs=max_abs(_ask_reference(content, images), wanted))
+        reason = _reason(sides, batches, parity, tolerance.of(_scale(wanted)))
+    return replace(parity, passed=not reason, reason=reason)
 
 
 def describe_failure(parity: Parity) -> str:
     """What a person needs to know of a red comparison."""
     worst = max(parity.cases, key=lambda case: case.max_abs if case.max_abs == case.max_abs else float("inf"))
     return (
-        f"the ONNX model does not give the trained network's answers: largest difference {worst.max_abs:.2e} "
-        f"(batch {worst.batch}, optimization {worst.optimization}; tolerance {worst.tolerance:.0e}), "
-        f"top-1 agreement {parity.top1_agreement:.4f} on {parity.num_samples} images, reference evaluator "
-        f"{parity.reference_max_abs:.2e}"
+        f"the ONNX model does not give the trained network's answers: {parity.reason} (largest difference {worst.max_abs:.2e}, "
+        f"batch {worst.batch}, optimization {worst.optimization}; tolerance {worst.tolerance:.1e}; top-1 agreement "
+        f"{parity.top1_agreement:.4f} on {parity.num_samples:,} images; reference evaluator {parity.reference_max_abs:.2e})"
     )
+
+
+@dataclass(frozen=True)
+class _BatchResult:
+    cases: list[ParityCase]
+    repeat_max_abs: float = 0.0
+    evidence: Evidence | None = None  # of the case that differs most
+    error: str = ""
+
+
+def _compare_batch(sides: _Sides, images: torch.Tensor) -> _BatchResult:
+    wanted = _ask_torch(sides.network, sides.task, images)
+    scale, cases, repeats, evidence = _scale(wanted), list[ParityCase](), list[float](), list[Evidence]()
+    allowed = sides.tolerance.of(scale)
+    for name, session in sides.sessions.items():
+        try:
+            first, second = _ask_onnx(session, images), _ask_onnx(session, images)
+        except Exception as error:  # onnxruntime has no common base for its errors
+            cases += [ParityCase(len(images), name, run, float("inf"), allowed) for run in (1, 2)]
+            said = " ".join(str(error).split())[:200]
+            return _BatchResult(cases, error=f"it cannot take a batch of {len(images)}, as where a size is frozen ({said})")
+        for run, found in enumerate((first, second), start=1):
+            cases.append(ParityCase(len(images), name, run, max_abs(found, wanted), allowed))
+        repeats.append(max_abs(second, first))
+        evidence.append(Evidence(images, wanted, first, second))
+    worst = max(evidence, key=lambda each: (max_abs(each.found, wanted), max_abs(each.again, each.found)))
+    return _BatchResult(cases, max(repeats), worst)
+
+
+def _ask_whole_split(sides: _Sides, dataset: ShardDataset, batch_size: int, parity: Parity) -> Parity:
+    """The same answer to every image, and the accuracy of both."""
+    agreeing, num_samples, right = 0, 0, {"torch": 0, "onnx": 0}
+    for images, labels in _batches(dataset, batch_size):
+        answers = {"torch": _ask_torch(sides.network, sides.task, images), "onnx": _ask_onnx(sides.sessions["on"], images)}
+        num_samples += len(images)
+        if answers["onnx"]["logits"].shape == answers["torch"]["logits"].shape:  # else it is of another task
+            agreeing += int(_same_answers(sides.task, answers["torch"], answers["onnx"]).sum())
+            for name, answer in answers.items():
+                right[name] += int(sides.task.correct(torch.from_numpy(answer["logits"]), labels).sum())
+    return replace(
+        parity,
+        top1_agreement=agreeing / num_samples,
+        num_samples=num_samples,
+        accuracy={name: number / num_samples for name, number in right.items()},
+        allowed_accuracy_difference=max(ACCURACY_DIFFERENCE, 1 / num_samples),
+    )
+
+
+def _reason(sides: _Sides, batches: list[_BatchResult], parity: Parity, allowed_of_reference: float) -> str:
+    """Why the model is refused; empty for one that passes."""
+    for batch in batches:
+        assert batch.evidence is not None
+        case, scale = max(batch.cases, key=lambda case: case.max_abs), _scale(batch.evidence.wanted)
+        if not (case.max_abs <= case.tolerance and batch.repeat_max_abs <= REPEATED * (1 + scale)):  # nan is neither
+            found = explain(sides.network, batch.evidence, case.tolerance)
+            return found or f"its answers differ by {case.max_abs:.2e}, more than {case.tolerance:.1e}"
+    if parity.top1_agreement < 1.0:
+        return f"it gives another answer to {1 - parity.top1_agreement:.2%} of the images"
+    difference = abs(parity.accuracy["torch"] - parity.accuracy["onnx"])
+    if difference > parity.allowed_accuracy_difference:
+        return f"its accuracy differs by {difference:.4f}, more than {parity.allowed_accuracy_difference:.4f}"
+    if not parity.reference_max_abs <= allowed_of_reference:
+        return f"the ONNX project's own evaluator answers otherwise, by {parity.reference_max_abs:.2e}"
+    return ""
+
+
+def _scale(wanted: Outputs) -> float:
+    """The largest logit of a batch, without its sign."""
+    return float(np.abs(wanted["logits"]).max())
 
 
 def _open_session(content: bytes, level: onnxruntime.GraphOptimizationLevel) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = level
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise GateError(f"onnxruntime cannot load the exported model ({' '.join(str(error).split())[:200]}).") from error
 
 
-def _compare_batch(
-    network: nn.Module, task: Task, sessions: dict[str, onnxruntime.InferenceSession], images: torch.Tensor, tolerance: float
-) -> Iterator[ParityCase]:
-    wanted = _ask_torch(network, task, images)
-    for name, session in sessions.items():
-        for run in (1, 2):
-            found = _ask_onnx(session, images)
-            difference = max(_max_abs(found[output], wanted[output]) for output in OUTPUTS)
-            yield ParityCase(len(images), name, run, difference, tolerance)
-
-
-def _same_answers(task: Task, wanted: dict[str, Array], found: dict[str, Array]) -> npt.NDArray[np.bool_]:
+def _same_answers(task: Task, wanted: Outputs, found: Outputs) -> npt.NDArray[np.bool_]:
     """Whether the answer to each image is the same, (N,): the most probable class, or every label on the same side of 0.5."""
-    if task.kind == "single":
-        return np.asarray(wanted["logits"].argmax(axis=1) == found["logits"].argmax(axis=1))
     one, other = wanted["probabilities"], found["probabilities"]  # (N, K)
-    same = ((one >= 0.5) == (other >= 0.5)) | (np.abs(one - other) < ON_THE_EDGE)
-    return np.asarray(same.all(axis=1))
+    if task.kind == "multi":
+        same = ((one >= 0.5) == (other >= 0.5)) | (np.abs(one - other) < ON_THE_EDGE)
+        return np.asarray(same.all(axis=1))
+    rows = np.arange(len(one))
+    return np.asarray(one.max(axis=1) - one[rows, other.argmax(axis=1)] < ON_THE_EDGE)
 
 
-def _max_abs(found: Array, wanted: Array) -> float:
-    if found.shape != wanted.shape or not np.isfinite(found).all():
-        return float("inf")
-    return float(np.abs(found - wanted).max())
-
-
-def _ask_torch(network: nn.Module, task: Task, images: torch.Tensor) -> dict[str, Array]:
+def _ask_torch(network: nn.Module, task: Task, images: torch.Tensor) -> Outputs:
     with torch.no_grad():
         logits = network(images)  # (N, num_outputs)
     return {"logits": logits.numpy(), "probabilities": task.probabilities(logits).numpy()}
 
 
-def _ask_onnx(session: onnxruntime.InferenceSession, images: torch.Tensor) -> dict[str, Array]:
+def _ask_onnx(session: onnxruntime.InferenceSession, images: torch.Tensor) -> Outputs:
     answers = session.run(list(OUTPUTS), {"image": images.numpy()})
     return {name: np.asarray(answer) for name, answer in zip(OUTPUTS, answers, strict=True)}
 
 
-def _ask_reference(network: nn.Module, task: Task, content: bytes, images: torch.Tensor) -> float:
-    """Largest difference of the ONNX project's own evaluator, which shares no code with onnxruntime; it takes its time."""
+def _ask_reference(content: bytes, images: torch.Tensor) -> Outputs:
+    """Answers of the ONNX project's own evaluator, which shares no code with onnxruntime; it takes its time."""
     session = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(content))
-    answers = session.run(list(OUTPUTS), {"image": images.numpy()})
-    wanted = _ask_torch(network, task, images)
-    return max(_max_abs(np.asarray(answer), wanted[name]) for name, answer in zip(OUTPUTS, answers, strict=True))
+    with np.errstate(all="ignore"):  # what comes of an overflow is seen in the answers
+        answers: Any = session.run(list(OUTPUTS), {"image": images.numpy()})
+    return {name: np.asarray(answer) for name, answer in zip(OUTPUTS, answers, strict=True)}
 
 
 def _batches(dataset: ShardDataset, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -123,7 +123,8 @@ def _findings(files: RunFiles) -> list[Finding]:
     if files.parity:
         findings.append(Finding("good", parity_sentence(files)))
     if files.refused:
-        findings.append(Finding("problem", "The last export was refused: its answers were not those of the network."))
+        reason = files.refused.get("reason", "its answers were not those of the network")
+        findings.append(Finding("problem", f"The last export was refused: {str(reason).rstrip('.')}."))
     if files.gap:
         findings.append(Finding("good" if files.gap["verdict"] == "fine" else "look", f"Train/val {files.gap['summary']}."))
     if files.verdicts:

@@ -57,6 +57,10 @@ class Predictor:
         self._require_signature()
         self.class_names: list[str] = self.metadata["class_names"]
         self.is_multi = self.metadata.get("task") == "multi"
+        # Files of before these were written say nothing of them.
+        self.precision: str = self.metadata.get("precision", "fp32")
+        self.license: str = self.metadata.get("license", "")
+        self.metrics: dict[str, Any] = self.metadata["metrics"]  # of the evaluation before the export
         self.spec: PreprocessSpec = spec_from_dict(self.metadata["preprocess"])
 
     def _read_metadata(self) -> dict[str, Any]:
@@ -71,6 +75,7 @@ class Predictor:
             values: dict[str, Any] = {key.removeprefix(PREFIX): value for key, value in found.items() if key.startswith(PREFIX)}
             for name in ("class_names", "preprocess", "versions"):
                 values[name] = json.loads(values[name])
+            values["metrics"] = json.loads(values.get("metrics", "{}"))
         except (KeyError, ValueError) as error:
             raise ModelError(f"{self.path}: is not a Shardline model: its metadata lacks {error}.") from error
         return values
@@ -134,11 +139,21 @@ def verify_model(path: Path) -> dict[str, str]:
         "labels an image": "several" if predictor.is_multi else "one",
         "classes": f"{len(predictor.class_names)}: {', '.join(predictor.class_names[:10])}",
         "input": f"{spec.fixed_size[0]} x {spec.fixed_size[1]} RGB",
+        "precision": predictor.precision,
+        **_accuracy_of(predictor.metrics),
         "proof": proof,
         "replayed": replayed,
+        "licence": predictor.license or "not stated",
         "data set": str(metadata.get("data_digest", ""))[:12],
         "job": str(metadata.get("job_id", "")),
     }
+
+
+def _accuracy_of(metrics: dict[str, Any]) -> dict[str, str]:
+    """What the evaluation of the trained network measured; nothing where the model was exported without one."""
+    if "accuracy" not in metrics:
+        return {}
+    return {"accuracy": f"{metrics['accuracy']:.4f} on {metrics['num_samples']:,} images of {metrics['split']}"}
 
 
 def _replay(predictor: Predictor, golden_path: Path) -> str:

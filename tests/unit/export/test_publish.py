@@ -1,5 +1,8 @@
+import copy
 import dataclasses
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import torch
 from torch import nn
 
 from pipeline.config import Config
+from pipeline.data.dataset import ShardDataset
 from pipeline.errors import GateError, ModelError, RunError
 from pipeline.export import publish
+from pipeline.export.graph import _as_text
 from pipeline.files import sha256_of, write_json
 from pipeline.golden import GoldenVectors
 from pipeline.manifest import DatasetManifest
@@ -19,11 +24,12 @@ from pipeline.preprocess import PreprocessSpec
 from pipeline.run import BEST, RunRecord
 from pipeline.serving.predictor import verify_model
 from pipeline.training.evaluate import RESULT
-from tests.unit.export.test_parity import change_the_weights
+from tests.unit.export import sabotage
+from tests.unit.export.sabotage import Change
 
 METADATA = {
     *("format_version", "class_names", "task", "preprocess", "preprocess_hash", "data_digest", "job_id", "mlflow_run_id"),
-    *("checkpoint_sha256", "git_commit", "versions"),
+    *("checkpoint_sha256", "git_commit", "versions", "metrics", "license", "precision"),
 }
 
 
@@ -68,10 +74,31 @@ def record(
     return record
 
 
+Exporter = Callable[..., onnx.ModelProto]
+
+
 @pytest.fixture
-def quick_export(monkeypatch: pytest.MonkeyPatch, exported_model: onnx.ModelProto) -> None:
+def quick_export(monkeypatch: pytest.MonkeyPatch, exported_model: onnx.ModelProto) -> Exporter:
     """The model that was exported once, in place of an export of 3 seconds."""
-    monkeypatch.setattr(publish, "export_graph", lambda *arguments: exported_model)
+
+    def build(*arguments: Any) -> onnx.ModelProto:
+        model = copy.deepcopy(exported_model)
+        onnx.helper.set_model_props(model, {f"shardline.{key}": _as_text(value) for key, value in arguments[-1].items()})
+        return model
+
+    monkeypatch.setattr(publish, "export_graph", build)
+    return build
+
+
+def damaged(true_export: Exporter, change: Change) -> Exporter:
+    """An exporter that makes this mistake."""
+
+    def build(*arguments: Any) -> onnx.ModelProto:
+        model = true_export(*arguments)
+        change(model)
+        return model
+
+    return build
 
 
 def exports(config: Config) -> list[str]:
@@ -90,13 +117,19 @@ def test_a_proved_model_is_published_and_tracked(
     assert tracker.files == ["export/parity.json", "export/golden.npz", "/report.html", "/model_card.md"]
     inputs = record.inputs_of("export", tiny_config, "test")
     assert record.stage_is_done("export", inputs)
+    assert record.best is not None
     metadata = {entry.key: entry.value for entry in onnx.load(tiny_config.run_dir / publish.MODEL).metadata_props}
     assert set(metadata) == {f"shardline.{name}" for name in METADATA}
-    assert record.best is not None
     assert metadata["shardline.checkpoint_sha256"] == record.best["sha256"]
     assert metadata["shardline.data_digest"] == tiny_dataset.digest
     assert metadata["shardline.job_id"] == record.job_id
     assert json.loads(metadata["shardline.preprocess"])["mean"] == tiny_spec.mean
+    assert metadata["shardline.precision"] == "fp32"
+    assert metadata["shardline.license"] == ""
+    assert metadata["shardline.metrics"] == "{}"
+    assert parity["golden_sha256"] == sha256_of(tiny_config.run_dir / publish.GOLDEN_PATH)
+    assert parity["checkpoint_sha256"] == record.best["sha256"]
+    assert (parity["data_digest"], parity["preprocess_hash"]) == (tiny_dataset.digest, tiny_spec.hash())
 
 
 @pytest.mark.usefixtures("quick_export")
@@ -122,13 +155,19 @@ def test_the_model_is_registered_with_where_it_came_from_and_how_good_it_is(
     tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
 ) -> None:
     assert record.best is not None
-    result = {"split": "test", "num_samples": 12, "accuracy": 0.75, "checkpoint_sha256": record.best["sha256"]}
+    result = {"split": "test", "num_samples": 12, "accuracy": 0.0, "checkpoint_sha256": record.best["sha256"], "recall": {}}
     write_json(tiny_config.run_dir / RESULT, result)
-    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    licensed = dataclasses.replace(tiny_config, export=dataclasses.replace(tiny_config.export, license="CC-BY-4.0"))
+    publish.export(licensed, tiny_dataset, tiny_spec, record)
+    metadata = {entry.key: entry.value for entry in onnx.load(tiny_config.run_dir / publish.MODEL).metadata_props}
+    assert json.loads(metadata["shardline.metrics"]) == {"split": "test", "num_samples": 12, "accuracy": 0.0}
+    assert metadata["shardline.license"] == "CC-BY-4.0"
+    facts = verify_model(tiny_config.run_dir / publish.MODEL)
+    assert (facts["accuracy"], facts["licence"], facts["precision"]) == ("0.0000 on 12 images of test", "CC-BY-4.0", "fp32")
     (entry,) = tracker.models
     assert entry["name"] == "tiny"
     assert entry["metrics"]["onnx/top1_agreement"] == 1.0
-    assert entry["description"].startswith("test accuracy 0.7500 on 12 images; ")
+    assert entry["description"].startswith("test accuracy 0.0000 on 12 images; ")
     assert entry["tags"] == {
         "onnx_sha256": sha256_of(tiny_config.run_dir / publish.MODEL),
         "checkpoint_sha256": record.best["sha256"],
@@ -136,7 +175,7 @@ def test_the_model_is_registered_with_where_it_came_from_and_how_good_it_is(
         "job_id": record.job_id,
         "run_name": "tiny",
         "git_commit": "",
-        "accuracy": "0.75",
+        "accuracy": "0.0",
     }
     example = np.load(tiny_config.run_dir / entry["example"])
     assert (example.shape, example.dtype) == ((1, 3, 16, 16), np.uint8)
@@ -148,27 +187,123 @@ def test_the_model_is_registered_with_where_it_came_from_and_how_good_it_is(
     assert "accuracy" not in tracker.models[1]["tags"]
 
 
-@pytest.mark.usefixtures("quick_export")
-def test_a_refused_model_has_no_file_under_a_final_name(
+SABOTAGE: list[tuple[Change, str]] = [
+    (sabotage.add_training_dropout, r"node noise \(Dropout\) belongs to training"),
+    (sabotage.turn_the_channels, "its channels are swapped: it takes blue for red"),
+    (sabotage.turn_the_weights, "its channels are swapped: it takes blue for red"),
+    (sabotage.move_the_mean, "its normalisation is not that of its preprocessing: level "),
+    (sabotage.freeze_the_batch, "the batch axis of `image` is frozen at 2"),
+    (sabotage.freeze_the_batch_inside, "it cannot take a batch of 1, as where a size is frozen"),
+    (sabotage.transpose_the_classes, "its classes are in another order: its output 0 is the network's 1"),
+    (sabotage.rename_the_classes, "of its 3 classes number 0 is 'green', that of the data set is 'blue'"),
+    (sabotage.overflow, "it gives answers that are no numbers: an overflow, as in float16"),
+    (sabotage.keep_a_constant_elsewhere, "it keeps weights in another file"),
+    (sabotage.leak_in_a_note, "it holds the path .* of the machine that built it"),
+    (sabotage.draw_noise, r"node noise \(RandomNormalLike\) draws random numbers"),
+    (sabotage.use_a_rare_operator, "it uses Det, which are not among the operators that onnxruntime"),
+    (sabotage.change_a_weight, "its answers differ by "),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), SABOTAGE, ids=[change.__name__ for change, _ in SABOTAGE])
+def test_each_mistake_is_refused_for_its_own_reason_and_costs_no_earlier_model(
     tiny_config: Config,
     tiny_dataset: DatasetManifest,
     tiny_spec: PreprocessSpec,
     record: RunRecord,
     tracker: Tracker,
-    exported_model: onnx.ModelProto,
+    monkeypatch: pytest.MonkeyPatch,
+    quick_export: Exporter,
+    change: Change,
+    reason: str,
+) -> None:
+    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    earlier = (tiny_config.run_dir / publish.MODEL).read_bytes()
+    tracker.models.clear()
+    monkeypatch.setattr(publish, "export_graph", damaged(quick_export, change))
+    with pytest.raises(GateError, match=rf"{reason}.* Nothing was published; see .*parity-refused\.json") as refusal:
+        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    assert refusal.value.exit_code == 3
+    assert sum(bool(re.search(other, str(refusal.value))) for other in {other for _, other in SABOTAGE}) == 1, "one reason"
+    assert exports(tiny_config) == ["parity-refused.json"]
+    refused = json.loads((tiny_config.run_dir / publish.REFUSED).read_text())
+    assert refused["passed"] is False
+    assert re.search(reason, refused["reason"])
+    assert tracker.models == []
+    assert not record.stage_is_done("export", record.inputs_of("export", tiny_config, "test"))
+    assert "The last export was refused" in (tiny_config.run_dir / "report.html").read_text()
+    (aside,) = tiny_config.run_dir.glob("export.*")
+    assert (aside / "model.onnx").read_bytes() == earlier
+    assert verify_model(aside / "model.onnx")["proof"].startswith("top-1 agreement 1.0000"), "its proof went with it"
+
+
+@pytest.mark.parametrize("change", [sabotage.draw_noise, sabotage.add_training_dropout])
+def test_noise_that_got_past_the_lint_is_refused_by_asking_twice(
+    tiny_config: Config,
+    tiny_dataset: DatasetManifest,
+    tiny_spec: PreprocessSpec,
+    record: RunRecord,
+    tracker: Tracker,
+    monkeypatch: pytest.MonkeyPatch,
+    quick_export: Exporter,
+    change: Change,
+) -> None:
+    monkeypatch.setattr(publish, "export_graph", damaged(quick_export, change))
+    monkeypatch.setattr(publish, "require_clean", lambda *arguments: None)
+    with pytest.raises(GateError, match="it answers the same images otherwise each time: something in it is random"):
+        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    assert (exports(tiny_config), tracker.models) == (["parity-refused.json"], [])
+
+
+# ---- what the file and the torch network are wrong about alike ----
+
+
+def save_best(record: RunRecord, weights: dict[str, torch.Tensor]) -> None:
+    """Put other weights into the best checkpoint, with everything that belongs to them."""
+    path = record.folder / BEST
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "state_dict": {f"network.{name}": tensor for name, tensor in weights.items()}}, path)
+    assert record.best is not None
+    record.best["sha256"] = sha256_of(path)
+
+
+def test_a_network_that_was_given_another_mean_is_refused(
+    tiny_config: Config,
+    tiny_dataset: DatasetManifest,
+    tiny_spec: PreprocessSpec,
+    record: RunRecord,
+    tracker: Tracker,
+    tiny_network: nn.Sequential,
+) -> None:
+    save_best(record, {**tiny_network.state_dict(), "normalize.mean": torch.full((1, 3, 1, 1), 0.7)})
+    with pytest.raises(GateError, match="its normalisation is not that of its preprocessing: level "):
+        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    assert (exports(tiny_config), tracker.models) == (["parity-refused.json"], [])
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_network_that_is_not_as_good_as_its_evaluation_says_is_refused(
+    tiny_config: Config,
+    tiny_dataset: DatasetManifest,
+    tiny_spec: PreprocessSpec,
+    record: RunRecord,
+    tracker: Tracker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    publish.export(tiny_config, tiny_dataset, tiny_spec, record)  # an earlier model is there, proved under other settings
-    tracker.files.clear()
-    monkeypatch.setattr(publish, "export_graph", lambda *arguments: change_the_weights(exported_model, 3.0))
-    strict = dataclasses.replace(tiny_config, export=dataclasses.replace(tiny_config.export, tolerance=1e-5))
-    with pytest.raises(GateError, match=r"does not give the trained network's answers: .* Nothing was published") as refusal:
-        publish.export(strict, tiny_dataset, tiny_spec, record)
-    assert refusal.value.exit_code == 3
-    assert not {"model.onnx", "parity.json"} & set(exports(tiny_config))
-    assert not json.loads((tiny_config.run_dir / publish.REFUSED).read_text())["passed"]
-    assert tracker.files == []
-    assert not record.stage_is_done("export", record.inputs_of("export", strict, "test"))
+    right = publish.export(tiny_config, tiny_dataset, tiny_spec, record).accuracy["torch"]
+    assert record.best is not None
+    result = {"split": "test", "num_samples": 12, "accuracy": right, "checkpoint_sha256": record.best["sha256"]}
+    write_json(tiny_config.run_dir / RESULT, result)
+    parity = publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    assert parity.evaluation == {"accuracy": right, "allowed_difference": 1 / 12}
+
+    # The images reach network and file alike as other ones than in the evaluation: here nearly all black.
+    image = ShardDataset.image
+    monkeypatch.setattr(ShardDataset, "image", lambda dataset, index: image(dataset, index) // 64)
+    with pytest.raises(GateError, match=r"^the trained network is right on .* of the images here, but its evaluation says"):
+        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    write_json(tiny_config.run_dir / RESULT, {**result, "checkpoint_sha256": "0" * 64})
+    assert publish.export(tiny_config, tiny_dataset, tiny_spec, record).evaluation == {}, "it is of another checkpoint"
 
 
 @pytest.mark.usefixtures("quick_export")
@@ -178,7 +313,7 @@ def test_a_graph_that_fails_its_lint_is_not_published(
     other: Any = dataclasses.replace(tiny_config, export=dataclasses.replace(tiny_config.export, opset=21))
     with pytest.raises(GateError, match="its opset is 20, not 21"):
         publish.export(other, tiny_dataset, tiny_spec, record)
-    assert exports(tiny_config) == []
+    assert exports(tiny_config) == ["parity-refused.json"]
 
 
 @pytest.mark.usefixtures("quick_export")
@@ -199,10 +334,10 @@ def test_an_export_that_breaks_down_leaves_the_earlier_model_aside_and_none_in_i
     monkeypatch.setattr(publish, "export_graph", break_down)
     with pytest.raises(RuntimeError, match="broke down"):
         publish.export(tiny_config, tiny_dataset, tiny_spec, record)
-    kept = exports(tiny_config)
-    assert not {"model.onnx", "parity.json"} & set(kept)
-    (aside,) = [name for name in kept if name.startswith("model.onnx.")]
-    assert (tiny_config.run_dir / "export" / aside).read_bytes() == earlier
+    assert exports(tiny_config) == []
+    (aside,) = tiny_config.run_dir.glob("export.*")
+    assert (aside / "model.onnx").read_bytes() == earlier
+    assert verify_model(aside / "model.onnx")["proof"].startswith("top-1 agreement 1.0000"), "its proof went with it"
 
 
 @pytest.mark.usefixtures("quick_export")
@@ -210,8 +345,10 @@ def test_a_checkpoint_that_is_not_what_training_left_costs_no_published_model(
     tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
 ) -> None:
     publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    before = exports(tiny_config)
     with (tiny_config.run_dir / BEST).open("ab") as file:
         file.write(b"more")
     with pytest.raises(RunError, match=r"best\.ckpt: is not the file that training left"):
         publish.export(tiny_config, tiny_dataset, tiny_spec, record)
-    assert {"model.onnx", "parity.json"} <= set(exports(tiny_config))
+    assert exports(tiny_config) == before
+    assert {"model.onnx", "parity.json"} <= set(before)

@@ -1,0 +1,66 @@
+"""How far the answers of two runtimes may lie apart, from the numbers that they compute with.
+
+Two programs add up the same products in another order, and each order rounds otherwise. Rounding errors are like the steps of a
+random walk: a sum of n products is off by about sqrt(n) units of rounding, and L layers, one after another, by sqrt(L) times
+that (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis"). So float32 answers may differ by
+
+    4 * eps * sqrt(L * n) * (1 + the largest logit),    eps = 2**-23,
+
+where L counts convolutions and products of matrices and n is the longest sum in one of them; 4 leaves room for the worst of
+many answers. The 1 is the absolute part: a logit near 0 is the difference of larger numbers. float16 has eps = 2**-10, and n is
+1, because runtimes add up in float32 and only each layer's result is rounded. Weights trained in bfloat16 are exported, and
+compared, in float32.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+
+from pipeline.export.proto import constants, nodes
+
+Precision = Literal["fp32", "fp16", "int8"]
+SAFETY = 4.0
+WEIGHTED = ("Conv", "Gemm", "MatMul", "Einsum")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest allowed difference of logits and probabilities: `absolute` + `relative` times the largest logit, and why."""
+
+    absolute: float
+    relative: float
+    reason: str
+
+    def of(self, scale: float) -> float:
+        """What is allowed where the largest logit of a batch, without its sign, is `scale`."""
+        return self.absolute + self.relative * scale
+
+
+def tolerance_of(model: onnx.ModelProto, chosen: float | None, precision: Precision = "fp32") -> Tolerance:
+    """What is allowed of `model`: the number that somebody chose (`export.tolerance`), or what its arithmetic explains."""
+    if chosen is not None:
+        return Tolerance(chosen, 0.0, "export.tolerance")
+    layers = max(1, sum(node.op_type in WEIGHTED for node in nodes(model)))
+    kind, longest = (np.float16, 1) if precision == "fp16" else (np.float32, max(_sums(model), default=1))
+    name, eps = np.dtype(kind).name, float(np.finfo(kind).eps)
+    relative = SAFETY * eps * math.sqrt(layers * longest)
+    reason = f"{name}: {SAFETY:g} * {eps:.3g} * sqrt({layers} layers * sums of {longest:,}) * (1 + the largest logit)"
+    return Tolerance(relative, relative, reason)
+
+
+def _sums(model: onnx.ModelProto) -> Iterator[int]:
+    """How many products each output of a layer adds up, for the layers whose weights are constants."""
+    shapes = {name: list(tensor.dims) for name, tensor in constants(model).items()}
+    for node in model.graph.node:
+        weight = shapes.get(node.input[1]) if node.op_type in WEIGHTED else None
+        if weight is None:
+            continue
+        if node.op_type == "Conv":  # (channels, channels of its group, height, width)
+            yield math.prod(weight[1:])
+        else:
+            is_turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            yield weight[-1 if is_turned else -2] if len(weight) > 1 else weight[0]
