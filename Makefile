@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup data check train evaluate export doctor slurm k8s ui lint format test test-cluster bench package clean
+.PHONY: help setup data check train evaluate export web doctor slurm k8s ui lint format test test-cluster bench package clean
 
 CONFIG ?= configs/digits.yaml
 ARGS ?=
@@ -16,6 +16,11 @@ GPUS ?=
 SBATCH ?=
 # For `make k8s`: trainjob (with the Kubeflow Trainer) or indexed-job (without any operator)
 K8S ?= indexed-job
+
+# What runs a model in the browser, from the npm registry
+ONNXRUNTIME_WEB := onnxruntime-web-1.30.0
+ONNXRUNTIME_WEB_SHA512 := ab4cbe26baedba45d2cec05610c71c55fa97db92d19a8b171c5f8269126683ca590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61
+VENDOR := pipeline/export/web/vendor
 
 READY := $(VENV)/.ready
 SHARDLINE := $(VENV)/bin/shardline
@@ -71,6 +76,22 @@ evaluate: $(READY) ## best checkpoint -> accuracy on the test split
 export: $(READY) ## best checkpoint -> validated ONNX
 	$(SHARDLINE) export $(SETTINGS)
 
+web: $(VENDOR)/.$(ONNXRUNTIME_WEB) ## fetch what a page needs to run a model (export.targets: [web]); npm
+
+$(VENDOR)/.$(ONNXRUNTIME_WEB):
+	@command -v npm > /dev/null || { echo "error: npm is not installed (Debian, Ubuntu: apt-get install npm)" >&2; exit 2; }
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	package=$$folder/$(ONNXRUNTIME_WEB).tgz; \
+	npm pack --silent --pack-destination "$$folder" $(ONNXRUNTIME_WEB:onnxruntime-web-%=onnxruntime-web@%) > /dev/null || \
+		{ echo "error: npm cannot fetch $(ONNXRUNTIME_WEB); is its registry reachable?" >&2; exit 2; }; \
+	echo "$(ONNXRUNTIME_WEB_SHA512)  $$package" | sha512sum --check --status || \
+		{ echo "error: $(ONNXRUNTIME_WEB) is not the package that the Makefile expects: its sha512 differs" >&2; exit 2; }; \
+	tar -xzf "$$package" -C "$$folder" package/dist/ort.wasm.bundle.min.mjs package/dist/ort-wasm-simd-threaded.wasm; \
+	mkdir -p $(VENDOR); \
+	install -m 644 "$$folder/package/dist/ort-wasm-simd-threaded.wasm" $(VENDOR)/; \
+	install -m 644 "$$folder/package/dist/ort.wasm.bundle.min.mjs" $(VENDOR)/ort.wasm.bundle.min.js  # some servers know no .mjs
+	@touch $@
+
 doctor: $(READY) ## what a long job would trip over, on this machine
 	$(SHARDLINE) doctor $(SETTINGS)
 
@@ -102,7 +123,7 @@ test-cluster: $(READY) ## a real Slurm and two hosts on this machine; root, slur
 bench: $(READY) ## our data stage beside other loaders, on this machine
 	$(SHARDLINE) bench data $(ARGS)
 
-package: $(READY) ## the wheel, in dist/
+package: $(READY) web ## the wheel, in dist/
 	@$(VENV)/bin/pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove caches and builds; never runs, data or .venv

@@ -27,6 +27,7 @@ Monitor = Literal["val/accuracy", "val/loss", "val/top5", "val/macro_f1", "val/a
 Normalization = Literal["dataset", "imagenet", "kinetics", "clip", "inception", "none"]
 Norm = Literal["batch", "group", "none"]
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu"]
+Target = Literal["triton", "web"]
 
 
 def setting(default: Any, help: str, identity: bool = True) -> Any:
@@ -256,6 +257,7 @@ class ExportConfig:
     )
     max_batch_size: int = setting(64, "largest batch in the parity test", identity=False)
     license: str = setting("", "SPDX identifier of the model's licence, e.g. CC-BY-4.0; it travels in the file", identity=False)
+    targets: list[Target] = setting([], "also made: triton (a model repository), web (a page to run it in)", identity=False)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ CONFIG_NAME = "config.yaml"
 LAST = Path("checkpoints/last.ckpt")
 BEST = Path("checkpoints/best.ckpt")
 Outcome = Literal["running", "done", "stopped", "failed"]
-Stage = Literal["check", "train", "evaluate", "export"]
+Stage = Literal["check", "train", "evaluate", "export", "targets"]
 
 
 @dataclass
@@ -98,11 +98,14 @@ class RunRecord:
 
     def inputs_of(self, stage: Stage, config: Config, evaluation_split: str) -> str:
         """Digest of everything that the stage's outcome depends on."""
+        export = dataclasses.asdict(config.export)
+        targets = sorted(set(export.pop("targets")))  # copies of what is exported, which they do not change
         inputs: dict[Stage, list[Any]] = {
             "check": [self.identity, config.check.skip],
             "train": [self.identity],
             "evaluate": [self.best, evaluation_split],
-            "export": [self.best, evaluation_split, dataclasses.asdict(config.export)],
+            "export": [self.best, evaluation_split, export],
+            "targets": [self.stages.get("export", {}).get("outputs"), targets],
         }
         return digest_of(inputs[stage])
 

@@ -12,6 +12,7 @@ from pipeline.console import closing_box, say, show_table
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import locked
 from pipeline.manifest import DatasetManifest, load_dataset
+from pipeline.preprocess import PreprocessSpec
 from pipeline.pretraining import spec_for
 from pipeline.run import CONFIG_NAME, RunRecord, open_run, require_run
 from pipeline.verbs.parsing import (
@@ -264,25 +265,53 @@ def export(argv: list[str]) -> int:
     manifest = load_dataset(config.dataset_location, config.data.cache_folder)
     with locked(config.run_dir):
         record, spec = require_run(config, manifest)
-        if stage_is_done("export", config, manifest):
+        has_model, has_targets = (stage_is_done(stage, config, manifest) for stage in ("export", "targets"))
+        has_targets |= not config.export.targets
+        if has_model and has_targets:
             return up_to_date("export", config.run_dir / "export")
-        record.best_checkpoint()
-        from pipeline.export.publish import MODEL
-        from pipeline.export.publish import export as export_model
+        from pipeline.export.targets import remove_targets, require_targets
 
-        parity = export_model(config, manifest, spec, record)
-        local = settle_run(config, 0)
+        require_targets(config.export.targets)
+        facts = {}
+        if not has_model:
+            record.best_checkpoint()
+            remove_targets(config.run_dir)
+            facts = _export_model(config, manifest, spec, record)
+        facts |= _make_targets(config, manifest, record)
+    model_path = config.run_dir / "export/model.onnx"
+    closing_box("model published" if not has_model else "targets made", facts, f"shardline predict {model_path} IMAGE...")
+    return 0
+
+
+def _export_model(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, record: RunRecord) -> dict[str, str]:
+    from pipeline.export.publish import MODEL
+    from pipeline.export.publish import export as export_model
+
+    parity = export_model(config, manifest, spec, record)
     model_path = config.run_dir / MODEL
     worst = max(case.max_abs for case in parity.cases)
     agreement = f"top-1 agreement {parity.top1_agreement:.4f} on {parity.num_samples:,} images"
-    facts = {
+    return {
         "model": f"{model_path}  {model_path.stat().st_size / 1e6:.2f} MB, opset {config.export.opset}",
         "parity": f"{agreement}, largest difference {worst:.0e}",
         "registry": f"candidate of {config.registered_model}; `shardline promote` compares it with the champion",
-        **local,
+        **settle_run(config, 0),
     }
-    closing_box("model published", facts, f"shardline predict {model_path} IMAGE...")
-    return 0
+
+
+HOW_TO_RUN = {"triton": "tritonserver --model-repository", "web": "python3 -m http.server --directory"}
+
+
+def _make_targets(config: Config, manifest: DatasetManifest, record: RunRecord) -> dict[str, str]:
+    """Make the targets of the published model; where each lies, and how it is run."""
+    from pipeline.export.targets import FOLDERS, make_targets
+
+    if not config.export.targets:
+        return {}
+    made = make_targets(config.run_dir, config.name, config.export.targets, config.export.max_batch_size)
+    record.finish_stage("targets", record.inputs_of("targets", config, manifest.evaluation_split), made)
+    folders = {target: config.run_dir / folder for target, folder in FOLDERS.items() if target in config.export.targets}
+    return {target: f"{folder}  ({HOW_TO_RUN[target]} {folder})" for target, folder in folders.items()}
 
 
 def replay(argv: list[str]) -> int:
