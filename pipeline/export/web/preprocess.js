@@ -68,8 +68,12 @@ function resize(image, spec) {
   if (spec.interpolation === "nearest") return pick(image, width, height);
   if (!spec.antialias) return sample(image, width, height, spec.interpolation);
   const filter = FILTERS[spec.interpolation];
-  const narrow = width === image.width ? image : resampleRows(image, width, filter);
-  return height === image.height ? narrow : resampleColumns(narrow, height, filter);
+  const rows = (each) => (width === each.width ? each : resampleRows(each, width, filter));
+  const columns = (each) => (height === each.height ? each : resampleColumns(each, height, filter));
+  // Pillow begins with the height, from release 13 on, where it shrinks much more than the width; the order is worth a level.
+  const shrinkage = image.height - height;
+  const heightFirst = shrinkage > 0 && shrinkage > 2 * (image.width - width);
+  return heightFirst ? rows(columns(image)) : columns(rows(image));
 }
 
 // Which pixels of a side make up each new one, and their weights: `first` and `count` of the pixels, `weights` of `stride` each.
