@@ -88,9 +88,10 @@ AS_STORED = PreprocessSpec(
 
 SIZES = [(45, 65), (81, 30), (60, 42), (3, 5), (1, 1), (10, 300), (64, 32)]
 PNGS = [encode(Image.fromarray(noise(*size))) for size in SIZES]
+FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
 SPECS: dict[str, dict[str, Any]] = {
-    **{f"exact, {name}": {"resize": [16, 20], "interpolation": name} for name in ("nearest", "bilinear", "bicubic", "lanczos")},
-    **{f"larger, {name}": {"resize": [97, 84], "interpolation": name} for name in ("nearest", "bilinear", "bicubic", "lanczos")},
+    **{f"exact, {name}": {"resize": [16, 20], "interpolation": name} for name in FILTERS},
+    **{f"larger, {name}": {"resize": [97, 84], "interpolation": name} for name in FILTERS},
     "no filter, bilinear": {"resize": [13, 17], "antialias": False},
     "no filter, bicubic": {"resize": [13, 17], "antialias": False, "interpolation": "bicubic"},
     "no filter, larger": {"resize": [90, 91], "antialias": False, "interpolation": "bicubic"},
