@@ -1,6 +1,7 @@
 // The page: takes photos however they come, has the worker look at them, and shows its answers.
 
 const MOST_SHOWN = 5;
+const MOST_NAMED = 30; // classes, in the list of facts
 const YES = 0.5; // with several labels an image, a label of this probability or more is an answer
 const element = (id) => document.getElementById(id);
 
@@ -143,7 +144,7 @@ function showFacts({ metadata, numBytes }) {
   const [height, width] = metadata.preprocess.crop ?? metadata.preprocess.resize;
   const { metrics = {}, versions = {} } = metadata;
   const facts = {
-    classes: `${metadata.class_names.length}: ${metadata.class_names.join(", ")}`,
+    classes: classesOf(metadata.class_names),
     answers: metadata.task === "multi" ? "every label that fits" : "one class for each photo",
     accuracy: metrics.accuracy === undefined ? "" : accuracyOf(metrics),
     input: `${width} x ${height} pixels`,
@@ -162,6 +163,11 @@ function showFacts({ metadata, numBytes }) {
     element("facts").append(term, description);
   }
   element("about").hidden = false;
+}
+
+function classesOf(names) {
+  const more = names.length > MOST_NAMED ? ` and ${names.length - MOST_NAMED} more` : "";
+  return `${names.length}: ${names.slice(0, MOST_NAMED).join(", ")}${more}`;
 }
 
 function accuracyOf({ accuracy, num_samples: number, split }) {

@@ -18,8 +18,11 @@ async function load() {
   const bytes = await download("model.onnx", 0.5);
   const metadata = readMetadata(bytes);
   const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+  const found = { metadata, session };
+  const [height, width] = inputSize(metadata.preprocess);
+  await ask(found, new Uint8Array(3 * height * width), 1); // the first answer takes longest, and shows that there are any
   postMessage({ metadata, numBytes: bytes.length });
-  return { metadata, session };
+  return found;
 }
 
 // All bytes of a file beside the page. Each of the two counts for half of what there is to load.
