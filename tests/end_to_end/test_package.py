@@ -34,4 +34,5 @@ def test_the_wheel_ships_the_configurations_and_the_command(tmp_path: Path) -> N
         "cifar10 digits finetune-alexnet folder imagenet-4x8 imagenet-8gpu multilabel",
         str(site / "configs/digits.yaml"),
     ]
+    assert (site / "export/web/index.html").is_file()
     assert (tmp_path / "site/bin/shardline").is_file()

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ from tests.processes import shardline
 from tests.web import web_server
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Locator
+    from playwright.sync_api import Page as Tab
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(bool(parts.missing_parts()), reason=f"a browser test needs {parts.missing_parts()}")
@@ -58,17 +60,35 @@ def export_dir(exported: tuple[Path, str]) -> Path:
     return exported[0] / "runs/digits/export"
 
 
-@pytest.fixture
-def opened(export_dir: Path, tmp_path: Path) -> Iterator[Browser]:
-    """The page of the digits, ready for photos; it may ask nobody else for anything, and complain of nothing."""
-    with web_server(export_dir / "web") as port, browser(tmp_path) as started:
+@dataclass
+class Page:
+    """The page of the digits in a browser, and what it complains of."""
+
+    browser: Browser
+    url: str
+    complaints: list[str]
+
+
+@pytest.fixture(scope="module")
+def served(export_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A browser, and a plain file server with the page."""
+    with web_server(export_dir / "web") as port, browser(tmp_path_factory.mktemp("screenshots")) as started:
         complaints = list[str]()
         started.page.on("console", lambda message: complaints.append(message.text))
-        see(started.open(f"http://127.0.0.1:{port}/").locator("#ways"))
-        yield started
-        assert started.outside == []
-        assert started.errors == []
-        assert complaints == []
+        yield Page(started, f"http://127.0.0.1:{port}/", complaints)
+
+
+@pytest.fixture
+def opened(served: Page) -> Iterator[Browser]:
+    """The page, ready for photos; it may ask nobody else for anything, and complain of nothing."""
+    served.browser.page.goto("about:blank")
+    for kept in (served.browser.outside, served.browser.errors, served.complaints):
+        kept.clear()  # what earlier tests provoked
+    see(served.browser.open(served.url).locator("#ways"))
+    yield served.browser
+    assert served.browser.outside == []
+    assert served.browser.errors == []
+    assert served.complaints == []
 
 
 def see(locator: "Locator") -> "Locator":
@@ -79,13 +99,13 @@ def see(locator: "Locator") -> "Locator":
     return locator
 
 
-def choose(page: "Page", *photos: Path) -> list["Locator"]:
+def choose(page: "Tab", *photos: Path) -> list["Locator"]:
     """Give photos to the page, and return a card for each, answered, in the order of the photos."""
     page.locator("#files").set_input_files(photos)
     return [answered(page, photo.name) for photo in photos]
 
 
-def answered(page: "Page", name: str) -> "Locator":
+def answered(page: "Tab", name: str) -> "Locator":
     """The card of a photo, once it has an answer or a complaint."""
     from playwright.sync_api import expect
 
@@ -264,19 +284,21 @@ def test_a_photo_of_24_megapixels_does_not_freeze_the_page(opened: Browser, tmp_
     rows = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(rows).resize((6000, 4000)).save(tmp_path / "large.jpg", quality=90)
     content = (tmp_path / "large.jpg").read_bytes()
-    opened.page.evaluate("(name) => { window.file = name; }", "large.jpg")
     script = """async () => {
       let longest = 0;
       let last = performance.now();
       const timer = setInterval(() => { longest = Math.max(longest, performance.now() - last); last = performance.now(); }, 5);
-      const answer = await shardline.classify(new Blob([await (await fetch("large.jpg")).arrayBuffer()]));
+      const photo = await (await fetch("large.jpg")).blob();
+      const started = performance.now();
+      const { size } = await shardline.classify(photo);
       clearInterval(timer);
-      return { longest, size: answer.size };
+      return { longest, size, taken: performance.now() - started };
     }"""
     opened.page.route("**/large.jpg", lambda route: route.fulfill(body=content))
     found = opened.page.evaluate(script)
     assert found["size"] == [6000, 4000]
-    assert found["longest"] < 400, "the page stood still"  # the worker takes seconds
+    # Measured: 28 ms, of the second that the worker takes; on the page's own thread it would stand still for all of it.
+    assert found["longest"] < min(400, 0.6 * found["taken"]), found
 
 
 def test_a_phone_has_a_camera_and_no_sideways_scrolling(opened: Browser, export_dir: Path, tmp_path: Path) -> None:
@@ -296,11 +318,10 @@ def test_a_phone_has_a_camera_and_no_sideways_scrolling(opened: Browser, export_
 # ---- where it cannot work ----
 
 
-def test_opened_as_a_file_it_says_what_to_do(export_dir: Path, tmp_path: Path) -> None:
-    with browser(tmp_path) as started:
-        page = started.open((export_dir / "web/index.html").as_uri())
-        see(page.get_by_text("This page has to be served."))
-        see(page.get_by_text("python3 -m http.server 8000 --bind 127.0.0.1"))
+def test_opened_as_a_file_it_says_what_to_do(served: Page, export_dir: Path) -> None:
+    page = served.browser.open((export_dir / "web/index.html").as_uri())
+    see(page.get_by_text("This page has to be served."))
+    see(page.get_by_text("python3 -m http.server 8000 --bind 127.0.0.1"))
 
 
 @pytest.mark.parametrize(
@@ -312,11 +333,11 @@ def test_opened_as_a_file_it_says_what_to_do(export_dir: Path, tmp_path: Path) -
     ],
     ids=["missing", "foreign", "empty"],
 )
-def test_without_a_model_it_says_so(damage: bytes | None, reason: str, export_dir: Path, tmp_path: Path) -> None:
+def test_without_a_model_it_says_so(damage: bytes | None, reason: str, served: Page, export_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(export_dir / "web", tmp_path / "web")
     (folder / "model.onnx").unlink()
     if damage is not None:
         (folder / "model.onnx").write_bytes(damage)
-    with web_server(folder) as port, browser(tmp_path) as started:
-        notice = see(started.open(f"http://127.0.0.1:{port}/").locator("#notice.problem"))
+    with web_server(folder) as port:
+        notice = see(served.browser.open(f"http://127.0.0.1:{port}/").locator("#notice.problem"))
         assert re.search(f"^The model cannot be run here. {reason}", notice.inner_text())
