@@ -27,9 +27,9 @@ def fake_python(folder: Path, script: str) -> Path:
     return path
 
 
-def make(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def make(clone: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     # Called from `make test`, these would speak of that make.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))} | variables
     return subprocess.run(
         ["make", "--no-print-directory", *arguments], cwd=clone, env=environment, capture_output=True, text=True, timeout=60,
         check=False,
@@ -125,3 +125,27 @@ def test_every_entry_of_the_lock_has_a_hash() -> None:
     pinned = [entry for entry in entries if entry and not entry.startswith("#")]
     assert len(pinned) > 100
     assert all("==" in entry and "--hash=sha256:" in entry for entry in pinned)
+
+
+def test_without_npm_one_line_says_what_the_page_needs(clone: Path) -> None:
+    (clone / "bin").mkdir()
+    (clone / "bin/make").symlink_to(str(shutil.which("make")))
+    done = make(clone, "web", PATH=str(clone / "bin"))
+    assert done.returncode == 2
+    assert errors(done) == ["error: npm is not installed (Debian, Ubuntu: apt-get install npm)"]
+
+
+def test_a_package_that_is_not_the_pinned_one_is_not_unpacked(clone: Path) -> None:
+    (clone / "bin").mkdir()
+    npm = clone / "bin/npm"
+    npm.write_text(
+        '#!/bin/bash\nwhile [ "$1" != --pack-destination ]; do shift; done; echo other > "$2/$(basename "$3" | tr @ -).tgz"\n'
+    )
+    npm.chmod(0o755)
+    done = make(clone, "web", PATH=f"{clone / 'bin'}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    (line,) = errors(done)
+    assert "is not the package that the Makefile expects: its sha512 differs" in line
+    assert not (clone / "pipeline").exists()
+    npm.write_text("#!/bin/bash\nexit 1\n")
+    assert "its registry reachable?" in make(clone, "web", PATH=f"{clone / 'bin'}:{os.environ['PATH']}").stderr
