@@ -17,8 +17,9 @@ import onnx
 import onnxruntime
 
 from pipeline.config import Target
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, GateError
 from pipeline.export.graph import PREFIX
+from pipeline.export.operators import operator_defects
 from pipeline.files import sha256_of, temporary_name
 from pipeline.golden import GOLDEN, GoldenVectors
 
@@ -62,7 +63,10 @@ def remove_targets(run_dir: Path) -> None:
 
 
 def make_targets(run_dir: Path, name: str, targets: list[Target], max_batch_size: int) -> list[Path]:
-    """Make RUN/export/TARGET of each target from the published model, and return the files. `name` is the model's."""
+    """Make RUN/export/TARGET of each target from the published model, and return the files. `name` is the model's.
+
+    Raises GateError where a target does not execute what the model consists of.
+    """
     made: list[Path] = []
     for target, folder in FOLDERS.items():
         if target in targets:
@@ -73,6 +77,14 @@ def make_targets(run_dir: Path, name: str, targets: list[Target], max_batch_size
                     _write_page(temporary, run_dir / "export" / MODEL_NAME, name)
             made += sorted(path for path in (run_dir / folder).rglob("*") if path.is_file())
     return made
+
+
+def _load_for(target: Target, path: Path) -> onnx.ModelProto:
+    model = onnx.load(path, load_external_data=False)
+    defects = [*operator_defects(model, target)]
+    if defects:
+        raise GateError(f"{path}: does not run on {target}: {'; '.join(defects)}. Leave it out of `export.targets`.")
+    return model
 
 
 @contextlib.contextmanager
@@ -107,7 +119,7 @@ def _write_repository(repository: Path, export_dir: Path, name: str, max_batch_s
         folder = repository / safe_name(f"{name}_{precision}" if precision else name)
         (folder / "1").mkdir(parents=True)
         shutil.copyfile(model_path, folder / "1" / MODEL_NAME)
-        model = onnx.load(model_path, load_external_data=False)
+        model = _load_for("triton", model_path)
         metadata = _metadata_of(model)
         class_names = json.loads(metadata["class_names"])
         (folder / "labels.txt").write_text("".join(f"{' '.join(label.split())}\n" for label in class_names))
@@ -182,6 +194,7 @@ def _quoted(text: str) -> str:
 
 
 def _write_page(folder: Path, model_path: Path, name: str) -> None:
+    _load_for("web", model_path)
     for file in (*PAGE_FILES, *VENDORED):
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(PAGE / file, folder / file)

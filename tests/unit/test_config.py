@@ -283,6 +283,7 @@ CANNOT_CHANGE_THE_WEIGHTS = {
     "export.opset",
     "export.tolerance",
     "export.max_batch_size",
+    "export.targets",
     "tracking.max_drop",
     "tracking.model",
     "tracking.uri",

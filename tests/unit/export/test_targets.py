@@ -12,14 +12,15 @@ import pytest
 import tritonclient
 from google.protobuf import text_format
 
-from pipeline.errors import ConfigError, ModelError
+from pipeline.config import Target
+from pipeline.errors import ConfigError, GateError, ModelError
 from pipeline.export import targets
 from pipeline.export.targets import make_targets, remove_targets, require_targets, safe_name, triton_config
 from pipeline.files import sha256_of
 from pipeline.golden import GoldenVectors
 from pipeline.preprocess import PreprocessSpec
 from tests.unit.conftest import COLOURS, SIDE
-from tests.unit.export.test_parity import change_the_weights
+from tests.unit.export import sabotage
 
 
 def parse(text: str) -> Any:
@@ -135,8 +136,9 @@ def test_text_that_could_end_a_string_does_not(exported_model: onnx.ModelProto) 
     assert config.parameters["shardline.license"].string_value == nasty
 
 
-def test_each_precision_is_a_model_of_its_own(run_dir: Path, exported_model: onnx.ModelProto) -> None:
-    publish(run_dir / "export/int8", change_the_weights(exported_model, 1.01))
+def test_each_precision_is_a_model_of_its_own(run_dir: Path, model: onnx.ModelProto) -> None:
+    sabotage.change_a_weight(model)
+    publish(run_dir / "export/int8", model)
     make_targets(run_dir, "tiny", ["triton"], max_batch_size=64)
     repository = run_dir / "export/triton"
     assert sorted(path.name for path in repository.iterdir()) == ["tiny", "tiny_int8"]
@@ -144,12 +146,8 @@ def test_each_precision_is_a_model_of_its_own(run_dir: Path, exported_model: onn
     assert (repository / "tiny_int8/1/model.onnx").read_bytes() == (run_dir / "export/int8/model.onnx").read_bytes()
 
 
-def test_a_class_name_of_two_lines_keeps_the_labels_in_step(run_dir: Path, exported_model: onnx.ModelProto) -> None:
-    model = onnx.ModelProto()
-    model.CopyFrom(exported_model)
-    for entry in model.metadata_props:
-        if entry.key == "shardline.class_names":
-            entry.value = json.dumps(["one\nclass", "two", "three"])
+def test_a_class_name_of_two_lines_keeps_the_labels_in_step(run_dir: Path, model: onnx.ModelProto) -> None:
+    sabotage.set_metadata(model, "class_names", json.dumps(["one\nclass", "two", "three"]))
     onnx.save(model, run_dir / "export/model.onnx")
     make_targets(run_dir, "tiny", ["triton"], max_batch_size=64)
     assert (run_dir / "export/triton/tiny/labels.txt").read_text().splitlines() == ["one class", "two", "three"]
@@ -211,6 +209,19 @@ def test_a_target_that_breaks_down_leaves_the_earlier_one_as_it_was(run_dir: Pat
     before = files(run_dir)
     with pytest.raises(ModelError, match=r"golden\.npz: cannot be read"):
         make_targets(run_dir, "other", ["triton"], max_batch_size=64)
+    assert files(run_dir) == before
+
+
+@pytest.mark.parametrize("target", targets.FOLDERS)
+def test_a_model_that_a_target_cannot_run_is_not_put_there(
+    target: Target, run_dir: Path, vendored: Path, model: onnx.ModelProto
+) -> None:
+    sabotage.use_a_rare_operator(model)
+    onnx.save(model, run_dir / "export/model.onnx")
+    before = files(run_dir)
+    with pytest.raises(GateError, match=rf"model\.onnx: does not run on {target}: it uses Det, .* Leave it out") as refusal:
+        make_targets(run_dir, "tiny", [target], max_batch_size=64)
+    assert refusal.value.exit_code == 3
     assert files(run_dir) == before
 
 
