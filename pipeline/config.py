@@ -251,7 +251,7 @@ class CheckConfig:
 class ExportConfig:
     """The ONNX file and the gate before it."""
 
-    opset: int = setting(20, "ONNX operator set", identity=False)
+    opset: int = setting(20, "ONNX operator set, 18 to 23", identity=False)
     tolerance: float | None = setting(
         None, "largest difference of logits and probabilities; null: what rounding in float32 explains", identity=False
     )
@@ -598,6 +598,7 @@ RANGES = {
     "trainer.keep_last": COUNT,
     "trainer.log_every_steps": COUNT,
     "trainer.timeout_seconds": POSITIVE,
+    "export.opset": Range(18, 23),  # torch's exporter writes none older; OpenVINO's table of operators ends with 23
     "export.tolerance": POSITIVE,
     "export.max_batch_size": COUNT,
     "tracking.max_drop": SHARE,

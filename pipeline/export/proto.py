@@ -10,14 +10,16 @@ import onnx
 
 
 def parts(message: Any) -> Iterator[Any]:
-    """`message` and every message inside it, each before its own parts."""
+    """`message` and every message inside it, in the order of the file, each before its own parts."""
     waiting = [message]
     while waiting:
         part = waiting.pop()
         yield part
+        inside = []
         for field, value in part.ListFields():
             if field.type == field.TYPE_MESSAGE:
-                waiting += value if field.is_repeated else [value]
+                inside += value if field.is_repeated else [value]
+        waiting += reversed(inside)
 
 
 def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

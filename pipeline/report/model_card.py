@@ -55,7 +55,9 @@ def _summary(files: RunFiles) -> str:
     what = KINDS[files.manifest.task].format(number=f"{number:,}")
     start = " It started from pretrained weights." if files.config.model.weights else ""
     result = f"**{accuracy_sentence(files)}**" if files.test else "It has not been evaluated yet."
-    return f"A convolutional network ({_network(files)}) that {what}.{start} {result}"
+    licence = files.config.export.license if files.parity else ""
+    stated = f" Its licence is {licence}." if licence else ""
+    return f"A convolutional network ({_network(files)}) that {what}.{start} {result}{stated}"
 
 
 def _network(files: RunFiles) -> str:

@@ -140,7 +140,7 @@ def verify_model(path: Path) -> dict[str, str]:
         "classes": f"{len(predictor.class_names)}: {', '.join(predictor.class_names[:10])}",
         "input": f"{spec.fixed_size[0]} x {spec.fixed_size[1]} RGB",
         "precision": predictor.precision,
-        **_accuracy_of(predictor.metrics),
+        **_accuracy_of(path, predictor.metrics),
         "proof": proof,
         "replayed": replayed,
         "licence": predictor.license or "not stated",
@@ -149,11 +149,14 @@ def verify_model(path: Path) -> dict[str, str]:
     }
 
 
-def _accuracy_of(metrics: dict[str, Any]) -> dict[str, str]:
+def _accuracy_of(path: Path, metrics: Any) -> dict[str, str]:
     """What the evaluation of the trained network measured; nothing where the model was exported without one."""
-    if "accuracy" not in metrics:
+    if metrics == {}:
         return {}
-    return {"accuracy": f"{metrics['accuracy']:.4f} on {metrics['num_samples']:,} images of {metrics['split']}"}
+    try:
+        return {"accuracy": f"{metrics['accuracy']:.4f} on {metrics['num_samples']:,} images of {metrics['split']}"}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: its metrics cannot be read ({error}). Export it again.") from error
 
 
 def _replay(predictor: Predictor, golden_path: Path) -> str:

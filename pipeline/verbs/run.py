@@ -289,11 +289,14 @@ def _export_model(config: Config, manifest: DatasetManifest, spec: PreprocessSpe
 
     parity = export_model(config, manifest, spec, record)
     model_path = config.run_dir / MODEL
-    worst = max(case.max_abs for case in parity.cases)
+    worst = max(parity.cases, key=lambda case: case.max_abs)
     agreement = f"top-1 agreement {parity.top1_agreement:.4f} on {parity.num_samples:,} images"
+    accuracy = f"{parity.accuracy['onnx']:.4f} (trained network {parity.accuracy['torch']:.4f})"
     return {
         "model": f"{model_path}  {model_path.stat().st_size / 1e6:.2f} MB, opset {config.export.opset}",
-        "parity": f"{agreement}, largest difference {worst:.0e}",
+        "parity": f"{agreement}, largest difference {worst.max_abs:.0e}, allowed {worst.tolerance:.0e}",
+        "allowed": parity.tolerance_reason,
+        "accuracy": f"{accuracy}; {_beside_evaluation(parity.evaluation)}",
         "registry": f"candidate of {config.registered_model}; `shardline promote` compares it with the champion",
         **settle_run(config, 0),
     }
@@ -312,6 +315,12 @@ def _make_targets(config: Config, manifest: DatasetManifest, record: RunRecord) 
     record.finish_stage("targets", record.inputs_of("targets", config, manifest.evaluation_split), made)
     folders = {target: config.run_dir / folder for target, folder in FOLDERS.items() if target in config.export.targets}
     return {target: f"{folder}  ({HOW_TO_RUN[target]} {folder})" for target, folder in folders.items()}
+
+
+def _beside_evaluation(evaluation: dict[str, float]) -> str:
+    if not evaluation:
+        return "not held against an evaluation: there is none of this checkpoint (`shardline evaluate` first)"
+    return f"its evaluation says {evaluation['accuracy']:.4f}, at most {evaluation['allowed_difference']:.4f} apart"
 
 
 def replay(argv: list[str]) -> int:

@@ -143,6 +143,8 @@ def test_a_value_of_the_wrong_type_on_the_command_line_is_one_line_that_names_it
         ("optimizer.lr", "0"),
         ("trainer.max_epochs", "0"),
         ("trainer.gradient_clip_norm", "-1"),
+        ("export.opset", "17"),
+        ("export.opset", "99"),
         ("export.tolerance", "0"),
         # Lightning seeds numpy, which takes 32 bits.
         ("seed", "-1"),
@@ -152,6 +154,17 @@ def test_a_value_of_the_wrong_type_on_the_command_line_is_one_line_that_names_it
 def test_a_value_that_cannot_work_is_refused_before_anything_starts(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"`{key}` is {value}"):
         parse(f"--{key}", value)
+
+
+@pytest.mark.parametrize("license", ["Apache 2.0", "see LICENSE", "-", "https://example.org/licence"])
+def test_a_licence_that_is_no_spdx_identifier_is_refused_with_an_example(license: str) -> None:
+    with pytest.raises(ConfigError, match=r"`export\.license` is .*; it must be an SPDX identifier .* Apache-2\.0"):
+        parse("--export.license", license)
+
+
+@pytest.mark.parametrize("license", ["", "Apache-2.0", "CC-BY-4.0", "0BSD", "GPL-2.0+", "LicenseRef-Acme"])
+def test_a_licence_is_an_spdx_identifier_or_not_stated(license: str) -> None:
+    assert parse("--export.license", license).export.license == license
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused() -> None:
@@ -280,6 +293,7 @@ CANNOT_CHANGE_THE_WEIGHTS = {
     "trainer.timeout_seconds",
     "trainer.log_every_steps",
     "check.skip",
+    "export.license",
     "export.opset",
     "export.tolerance",
     "export.max_batch_size",

@@ -9,6 +9,7 @@ from pipeline.config import ModelConfig
 from pipeline.export.graph import export_graph
 from pipeline.export.lint import require_clean
 from pipeline.export.proto import nodes, parts
+from pipeline.models.normalize import Normalize
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec
 from tests.unit.conftest import THREE_CLASSES
@@ -57,6 +58,14 @@ def test_the_network_is_left_in_the_mode_it_came_in(tiny_spec: PreprocessSpec) -
     export_graph(network, THREE_CLASSES, tiny_spec, 20, {})
     assert [module.training for module in network.modules()] == modes
     assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_pool_rounds_up_only_where_there_is_something_to_round(tiny_spec: PreprocessSpec) -> None:
+    pools = [nn.MaxPool2d(3, stride=stride, padding=1, ceil_mode=True) for stride in (1, 2)]
+    network = nn.Sequential(Normalize(tiny_spec), *pools, nn.Flatten(), nn.Linear(3 * 9 * 9, 3))
+    model = export_graph(network, THREE_CLASSES, tiny_spec, 20, {})
+    found = [{entry.name for entry in node.attribute} for node in nodes(model) if node.op_type == "MaxPool"]
+    assert ["ceil_mode" in names for names in found] == [False, True]
 
 
 @pytest.mark.gpu

@@ -181,6 +181,26 @@ def test_serving_imports_no_torch() -> None:
     assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=60).strip() == "set()"
 
 
+def test_verify_says_what_the_file_says_of_itself_and_an_older_one_says_less(
+    exported_model: onnx.ModelProto, tmp_path: Path
+) -> None:
+    metrics = json.dumps({"split": "test", "num_samples": 1200, "accuracy": 0.75})
+    told = {"shardline.precision": "int8", "shardline.license": "CC-BY-4.0", "shardline.metrics": metrics}
+    facts = verify_model(edited(exported_model, tmp_path / "new.onnx", lambda metadata: metadata.update(told)))
+    assert (facts["precision"], facts["licence"]) == ("int8", "CC-BY-4.0")
+    assert facts["accuracy"] == "0.7500 on 1,200 images of test"
+    older = verify_model(edited(exported_model, tmp_path / "old.onnx", lambda metadata: None))
+    assert (older["precision"], older["licence"]) == ("fp32", "not stated")
+    assert "accuracy" not in older
+
+
+@pytest.mark.parametrize("metrics", ["[]", '{"accuracy": "high"}', "0.75"])
+def test_metrics_that_are_none_are_refused_by_name(exported_model: onnx.ModelProto, tmp_path: Path, metrics: str) -> None:
+    told = {"shardline.metrics": metrics}
+    with pytest.raises(ModelError, match=r"model\.onnx: its metrics cannot be read"):
+        verify_model(edited(exported_model, tmp_path / "model.onnx", lambda metadata: metadata.update(told)))
+
+
 # ---- several labels an image ----
 
 
