@@ -123,7 +123,7 @@ def run_with_kills(workspace: Path, name: str, ranks: int, ways: list[str], draw
     return struck
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
     ("ranks", "num_kills"),
     [(2, 3), pytest.param(2, 19, marks=pytest.mark.slow), pytest.param(3, 19, marks=pytest.mark.slow)],
