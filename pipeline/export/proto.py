@@ -15,7 +15,7 @@ def parts(message: Any) -> Iterator[Any]:
     while waiting:
         part = waiting.pop()
         yield part
-        inside = []
+        inside = list[Any]()
         for field, value in part.ListFields():
             if field.type == field.TYPE_MESSAGE:
                 inside += value if field.is_repeated else [value]

@@ -4,12 +4,13 @@ Two programs add up the same products in another order, and each order rounds ot
 random walk: a sum of n products is off by about sqrt(n) units of rounding, and L layers, one after another, by sqrt(L) times
 that (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis"). So float32 answers may differ by
 
-    4 * eps * sqrt(L * n) * (1 + the largest logit),    eps = 2**-23,
+    eps * sqrt(L * n) * (1 + the largest logit),    eps = 2**-23,
 
-where L counts convolutions and products of matrices and n is the longest sum in one of them; 4 leaves room for the worst of
-many answers. The 1 is the absolute part: a logit near 0 is the difference of larger numbers. float16 has eps = 2**-10, and n is
-1, because runtimes add up in float32 and only each layer's result is rounded. Weights trained in bfloat16 are exported, and
-compared, in float32.
+where L counts convolutions and products of matrices and n is the longest sum in one of them. The 1 is the absolute part: a
+logit near 0 is the difference of larger numbers. Most sums are shorter than the longest, and eps is the largest rounding, so
+true models stay far below: at 3 % of it for a trained small CNN, below 1 % for twelve families of networks with fresh weights.
+float16 has eps = 2**-10, and n is 1, because runtimes add up in float32 and only each layer's result is rounded. Weights trained
+in bfloat16 are exported, and compared, in float32.
 """
 
 import math
@@ -23,7 +24,6 @@ import onnx
 from pipeline.export.proto import constants, nodes
 
 Precision = Literal["fp32", "fp16", "int8"]
-SAFETY = 4.0
 WEIGHTED = ("Conv", "Gemm", "MatMul", "Einsum")
 
 
@@ -47,8 +47,8 @@ def tolerance_of(model: onnx.ModelProto, chosen: float | None, precision: Precis
     layers = max(1, sum(node.op_type in WEIGHTED for node in nodes(model)))
     kind, longest = (np.float16, 1) if precision == "fp16" else (np.float32, max(_sums(model), default=1))
     name, eps = np.dtype(kind).name, float(np.finfo(kind).eps)
-    relative = SAFETY * eps * math.sqrt(layers * longest)
-    reason = f"{name}: {SAFETY:g} * {eps:.3g} * sqrt({layers} layers * sums of {longest:,}) * (1 + the largest logit)"
+    relative = eps * math.sqrt(layers * longest)
+    reason = f"{name}: {eps:.3g} * sqrt({layers} layers * sums of {longest:,}) * (1 + the largest logit)"
     return Tolerance(relative, relative, reason)
 
 

@@ -92,7 +92,7 @@ def pass_gate(
     parity = compare(network, task, model.SerializeToString(), "s" * 64, dataset, CONFIG)
     assert parity.passed, parity.reason
     # What is allowed is reasoned from the arithmetic; what is found lies well below it.
-    assert max(case.max_abs / case.tolerance for case in parity.cases) < 0.5
+    assert max(case.max_abs / case.tolerance for case in parity.cases) < 0.2
     return model, parity
 
 

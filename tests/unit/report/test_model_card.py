@@ -43,11 +43,12 @@ def test_the_card_says_what_is_known(finished: RunFiles) -> None:
 def test_the_licence_is_named_where_it_is_stated_and_there_is_a_file_that_has_it(
     finished: RunFiles, untrained: RunFiles
 ) -> None:
-    assert "licence" not in render_card(finished)
+    assert "Its licence" not in render_card(finished)
     for files, is_named in ((finished, True), (untrained, False)):
         export = dataclasses.replace(files.config.export, license="CC-BY-4.0")
         card = render_card(dataclasses.replace(files, config=dataclasses.replace(files.config, export=export)))
         assert ("Its licence is CC-BY-4.0." in card) == is_named
+        assert ("Its licence" in card) == is_named
 
 
 def test_the_limits_are_those_of_this_run(finished: RunFiles) -> None:
