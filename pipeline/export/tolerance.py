@@ -9,8 +9,8 @@ that (Higham and Mary 2019, "A new approach to probabilistic rounding error anal
 where L counts convolutions and products of matrices and n is the longest sum in one of them. The 1 is the absolute part: a
 logit near 0 is the difference of larger numbers. Most sums are shorter than the longest, and eps is the largest rounding, so
 true models stay far below: at 3 % of it for a trained small CNN, below 1 % for twelve families of networks with fresh weights.
-float16 has eps = 2**-10, and n is 1, because runtimes add up in float32 and only each layer's result is rounded. Weights trained
-in bfloat16 are exported, and compared, in float32.
+float16 has eps = 2**-10, and n is 1, because runtimes add up in float32 and only each layer's result is rounded. Weights
+trained in bfloat16 are exported, and compared, in float32.
 """
 
 import math
