@@ -144,6 +144,8 @@ def test_a_value_of_the_wrong_type_on_the_command_line_is_one_line_that_names_it
         ("trainer.max_epochs", "0"),
         ("trainer.gradient_clip_norm", "-1"),
         ("export.tolerance", "0"),
+        ("export.max_drop", "1"),
+        ("export.calibration_images", "0"),
         # Lightning seeds numpy, which takes 32 bits.
         ("seed", "-1"),
         ("seed", "4294967296"),
@@ -284,6 +286,8 @@ CANNOT_CHANGE_THE_WEIGHTS = {
     "export.tolerance",
     "export.max_batch_size",
     "export.targets",
+    "export.license",
+    *(f"export.{name}" for name in ("precisions", "max_drop", "calibration", "calibration_images")),
     "tracking.max_drop",
     "tracking.model",
     "tracking.uri",
