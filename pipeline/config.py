@@ -28,6 +28,8 @@ Normalization = Literal["dataset", "imagenet", "kinetics", "clip", "inception", 
 Norm = Literal["batch", "group", "none"]
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu"]
 Target = Literal["triton", "web"]
+Precision = Literal["fp32", "fp16", "int8"]
+Calibration = Literal["minmax", "entropy"]
 
 
 def setting(default: Any, help: str, identity: bool = True) -> Any:
@@ -256,7 +258,15 @@ class ExportConfig:
         None, "largest difference of logits and probabilities; null: what rounding in float32 explains", identity=False
     )
     max_batch_size: int = setting(64, "largest batch in the parity test", identity=False)
-    license: str = setting("", "SPDX identifier of the model's licence, e.g. CC-BY-4.0; it travels in the file", identity=False)
+    precisions: list[Literal["fp16", "int8"]] = setting(
+        [], "smaller forms beside fp32, each published where it passes its own gate: [fp16, int8]", identity=False
+    )
+    max_drop: float = setting(0.005, "accuracy that such a form may at most lose against fp32", identity=False)
+    calibration: Calibration = setting(
+        "minmax", "range of int8 activations: the whole of it, or cut where most information is kept", identity=False
+    )
+    calibration_images: int = setting(256, "training images that show these ranges", identity=False)
+    license: str = setting("", "SPDX identifier of the model's licence, e.g. MIT; it travels in the file", identity=False)
     targets: list[Target] = setting([], "also made: triton (a model repository), web (a page to run it in)", identity=False)
 
 
@@ -601,6 +611,8 @@ RANGES = {
     "export.opset": Range(18, 23),  # torch's exporter writes none older; OpenVINO's table of operators ends with 23
     "export.tolerance": POSITIVE,
     "export.max_batch_size": COUNT,
+    "export.max_drop": SHARE,
+    "export.calibration_images": COUNT,
     "tracking.max_drop": SHARE,
 }
 

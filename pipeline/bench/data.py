@@ -192,7 +192,8 @@ def _bench_write(benchmark: Benchmark, out: Path, folder: Path, rounds: int) -> 
 
 def describe_machine() -> dict[str, Any]:
     """Hardware and versions, for whoever reads the figures later."""
-    packages = ("torch", "torchvision", "pillow", "numpy", "webdataset", "timm", "litdata", "mosaicml-streaming")
+    packages = ["torch", "torchvision", "pillow", "numpy", "webdataset", "timm", "litdata", "mosaicml-streaming"]
+    packages += ["onnxruntime", "openvino"]
     models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {
         "cpu": models[0] if models else platform.processor(),

@@ -53,7 +53,7 @@ def export_graph(
         )
     assert program is not None
     model = program.model_proto
-    _strip_building_machine(model)
+    strip_building_machine(model)
     _drop_idle_ceil_mode(model)
     model.producer_name = "shardline"
     model.producer_version = ""
@@ -79,7 +79,7 @@ def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _strip_building_machine(model: onnx.ModelProto) -> None:
+def strip_building_machine(model: onnx.ModelProto) -> None:
     """Remove the stack traces and source paths that the exporter notes on nodes, values, tensors and functions."""
     for part in parts(model):
         for name in ("doc_string", "metadata_props"):

@@ -19,12 +19,12 @@ import onnxruntime
 import torch
 from torch import nn
 
-from pipeline.config import ExportConfig
+from pipeline.config import ExportConfig, Precision
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import DataError, GateError
 from pipeline.export.diagnosis import REPEATED, Evidence, Outputs, explain, max_abs
 from pipeline.export.graph import evaluating
-from pipeline.export.tolerance import Precision, Tolerance, tolerance_of
+from pipeline.export.tolerance import Tolerance, tolerance_of
 from pipeline.task import Task
 
 OPTIMIZATIONS = {
@@ -103,11 +103,11 @@ def compare(
     Raises GateError where onnxruntime cannot load the model at all.
     """
     with evaluating(network) as plain:
-        sessions = {name: _open_session(content, level) for name, level in OPTIMIZATIONS.items()}
+        sessions = {name: open_session(content, level) for name, level in OPTIMIZATIONS.items()}
         tolerance = tolerance_of(onnx.load_model_from_string(content), config.tolerance, precision)
         sides = _Sides(plain, task, content, sessions, tolerance)
         sizes = sorted({1, 2, 3, 7, config.max_batch_size})
-        batches = [_compare_batch(sides, _repeat_to(dataset, size)) for size in sizes]
+        batches = [_compare_batch(sides, repeat_to(dataset, size)) for size in sizes]
         parity = Parity(
             passed=False,
             cases=[case for batch in batches for case in batch.cases],
@@ -124,9 +124,9 @@ def compare(
         if parity.reason:  # nothing more can be asked of it
             return parity
         parity = _ask_whole_split(sides, dataset, config.max_batch_size, parity)
-        images = _repeat_to(dataset, NUM_REFERENCE)
+        images = repeat_to(dataset, NUM_REFERENCE)
         wanted = _ask_torch(plain, task, images)
-        parity = replace(parity, reference_max_abs=max_abs(_ask_reference(content, images), wanted))
+        parity = replace(parity, reference_max_abs=max_abs(ask_reference(content, images), wanted))
         reason = _reason(sides, batches, parity, tolerance.of(_scale(wanted)))
     return replace(parity, passed=not reason, reason=reason)
 
@@ -155,7 +155,7 @@ def _compare_batch(sides: _Sides, images: torch.Tensor) -> _BatchResult:
     allowed = sides.tolerance.of(scale)
     for name, session in sides.sessions.items():
         try:
-            first, second = _ask_onnx(session, images), _ask_onnx(session, images)
+            first, second = ask_onnx(session, images), ask_onnx(session, images)
         except Exception as error:  # onnxruntime has no common base for its errors
             cases += [ParityCase(len(images), name, run, float("inf"), allowed) for run in (1, 2)]
             said = " ".join(str(error).split())[:200]
@@ -171,11 +171,11 @@ def _compare_batch(sides: _Sides, images: torch.Tensor) -> _BatchResult:
 def _ask_whole_split(sides: _Sides, dataset: ShardDataset, batch_size: int, parity: Parity) -> Parity:
     """The same answer to every image, and the accuracy of both."""
     agreeing, num_samples, right = 0, 0, {"torch": 0, "onnx": 0}
-    for images, labels in _batches(dataset, batch_size):
-        answers = {"torch": _ask_torch(sides.network, sides.task, images), "onnx": _ask_onnx(sides.sessions["on"], images)}
+    for images, labels in read_batches(dataset, batch_size):
+        answers = {"torch": _ask_torch(sides.network, sides.task, images), "onnx": ask_onnx(sides.sessions["on"], images)}
         num_samples += len(images)
         if answers["onnx"]["logits"].shape == answers["torch"]["logits"].shape:  # else it is of another task
-            agreeing += int(_same_answers(sides.task, answers["torch"], answers["onnx"]).sum())
+            agreeing += int(same_answers(sides.task, answers["torch"], answers["onnx"]).sum())
             for name, answer in answers.items():
                 right[name] += int(sides.task.correct(torch.from_numpy(answer["logits"]), labels).sum())
     return replace(
@@ -210,7 +210,8 @@ def _scale(wanted: Outputs) -> float:
     return float(np.abs(wanted["logits"]).max())
 
 
-def _open_session(content: bytes, level: onnxruntime.GraphOptimizationLevel) -> onnxruntime.InferenceSession:
+def open_session(content: bytes, level: onnxruntime.GraphOptimizationLevel) -> onnxruntime.InferenceSession:
+    """A session on the CPU with so much optimisation. Raises GateError where onnxruntime cannot load the model."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = level
     try:
@@ -219,7 +220,7 @@ def _open_session(content: bytes, level: onnxruntime.GraphOptimizationLevel) -> 
         raise GateError(f"onnxruntime cannot load the exported model ({' '.join(str(error).split())[:200]}).") from error
 
 
-def _same_answers(task: Task, wanted: Outputs, found: Outputs) -> npt.NDArray[np.bool_]:
+def same_answers(task: Task, wanted: Outputs, found: Outputs) -> npt.NDArray[np.bool_]:
     """Whether the answer to each image is the same, (N,): the most probable class, or every label on the same side of 0.5."""
     one, other = wanted["probabilities"], found["probabilities"]  # (N, K)
     if task.kind == "multi":
@@ -235,12 +236,13 @@ def _ask_torch(network: nn.Module, task: Task, images: torch.Tensor) -> Outputs:
     return {"logits": logits.numpy(), "probabilities": task.probabilities(logits).numpy()}
 
 
-def _ask_onnx(session: onnxruntime.InferenceSession, images: torch.Tensor) -> Outputs:
+def ask_onnx(session: onnxruntime.InferenceSession, images: torch.Tensor) -> Outputs:
+    """Logits and probabilities of images, uint8 (N, 3, H, W)."""
     answers = session.run(list(OUTPUTS), {"image": images.numpy()})
     return {name: np.asarray(answer) for name, answer in zip(OUTPUTS, answers, strict=True)}
 
 
-def _ask_reference(content: bytes, images: torch.Tensor) -> Outputs:
+def ask_reference(content: bytes, images: torch.Tensor) -> Outputs:
     """Answers of the ONNX project's own evaluator, which shares no code with onnxruntime; it takes its time."""
     session = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(content))
     with np.errstate(all="ignore"):  # what comes of an overflow is seen in the answers
@@ -248,7 +250,7 @@ def _ask_reference(content: bytes, images: torch.Tensor) -> Outputs:
     return {name: np.asarray(answer) for name, answer in zip(OUTPUTS, answers, strict=True)}
 
 
-def _batches(dataset: ShardDataset, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def read_batches(dataset: ShardDataset, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Images (n, 3, H, W) and labels (n,) or (n, K) of the samples that can still be decoded."""
     for first in range(0, len(dataset), size):
         found = [*decodable(dataset, range(first, min(first + size, len(dataset))))]
@@ -257,7 +259,7 @@ def _batches(dataset: ShardDataset, size: int) -> Iterator[tuple[torch.Tensor, t
             yield torch.stack([image for _, image in found]), labels
 
 
-def _repeat_to(dataset: ShardDataset, size: int) -> torch.Tensor:
+def repeat_to(dataset: ShardDataset, size: int) -> torch.Tensor:
     """The first `size` images (N, 3, H, W), from the start again where the split has fewer."""
     images = [image for _, image in itertools.islice(decodable(dataset, range(len(dataset))), size)]
     if not images:

@@ -21,15 +21,16 @@ from PIL import Image
 from torch import nn
 
 import pipeline
-from pipeline.config import Config
+from pipeline.config import Config, Precision
 from pipeline.console import say
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import GateError
+from pipeline.export.calibration import calibration_batches, require_calibratable
 from pipeline.export.contract import require_contract
 from pipeline.export.graph import export_graph
 from pipeline.export.lint import require_clean
 from pipeline.export.parity import Parity, compare, decodable, describe_failure
-from pipeline.export.tolerance import Precision
+from pipeline.export.precision import Judge
 from pipeline.files import move_aside, write_bytes, write_json
 from pipeline.golden import GOLDEN, GoldenVectors, awkward_images, decode_all
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
@@ -48,6 +49,7 @@ PARITY = FOLDER / "parity.json"
 GOLDEN_PATH = FOLDER / GOLDEN
 EXAMPLE = FOLDER / "example.npy"
 REFUSED = FOLDER / "parity-refused.json"
+PRECISIONS = FOLDER / "precisions.json"
 # Between the accuracy of the evaluation, on its device in its precision, and that of the CPU in float32, of the same weights:
 # TF32 and autocast put images that are near the edge of two answers on its other side.
 EVALUATION_DIFFERENCE = {"32-true": 0.002, "bf16-mixed": 0.01, "16-mixed": 0.01}
@@ -87,6 +89,7 @@ class Trained:
 
 def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, record: RunRecord) -> Parity:
     """Export, lint, compare on the evaluation split and publish. Raises GateError and publishes nothing when one says no."""
+    require_calibratable(config, manifest)
     trained = Trained.load(config, manifest, spec, record)
     set_aside(config.run_dir / FOLDER)
     model = export_graph(trained.network, trained.task, spec, config.export.opset, metadata_of(trained, "fp32"))
@@ -99,7 +102,8 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
         raise _refused(trained, error) from error
     golden = golden_vectors(trained.probabilities, spec, trained.example)
     outputs = publish_folder(config.run_dir / FOLDER, content, parity, golden)
-    _log(trained, parity)
+    outputs += publish_forms(trained, model, parity, golden)
+    _log(trained, parity, outputs)
     record.finish_stage("export", record.inputs_of("export", config, manifest.evaluation_split), outputs)
     return parity
 
@@ -184,6 +188,21 @@ def publish_folder(folder: Path, content: bytes, parity: Parity, golden: GoldenV
     return paths
 
 
+def publish_forms(trained: Trained, model: onnx.ModelProto, parity: Parity, golden: GoldenVectors) -> list[Path]:
+    """Publish the forms of the proved `model` that pass their gate, each in a folder of its own, and the table of all."""
+    config = trained.config
+    if not config.export.precisions:
+        return []
+    judge = Judge(config.export, trained.task, trained.spec, trained.dataset, model, parity, golden)
+    forms = judge.judge(calibration_batches(config, trained.manifest, trained.spec))
+    paths = []
+    for form in forms:
+        if form.parity and form.golden and form.result.published:
+            paths += publish_folder(config.run_dir / FOLDER / form.result.precision, form.content, form.parity, form.golden)
+    write_json(config.run_dir / PRECISIONS, [dataclasses.asdict(form.result) for form in forms])
+    return [*paths, config.run_dir / PRECISIONS]
+
+
 def golden_vectors(
     probabilities: Callable[[torch.Tensor], Probabilities], spec: PreprocessSpec, image: torch.Tensor
 ) -> GoldenVectors:
@@ -233,15 +252,16 @@ def evaluation_of(trained: Trained) -> dict[str, str | float]:
     return {"split": str(result["split"]), **figures}
 
 
-def _log(trained: Trained, parity: Parity) -> None:
-    """Have the model registered, with an image, (1, 3, H, W), as its example."""
+def _log(trained: Trained, parity: Parity, outputs: list[Path]) -> None:
+    """Have the model registered, with an image, (1, 3, H, W), as its example, and its smaller forms kept beside it."""
     config, record = trained.config, trained.record
     content = io.BytesIO()
     np.save(content, trained.example.unsqueeze(0).numpy())
     write_bytes(config.run_dir / EXAMPLE, content.getvalue())
     tracker = open_tracker(config, record, status=None)
-    for path in (PARITY, GOLDEN_PATH):
-        tracker.log_file(config.run_dir / path, "export")
+    for path in outputs:
+        if path != config.run_dir / MODEL:  # which is the run's one model
+            tracker.log_file(path, str(path.parent.relative_to(config.run_dir)))
     tracker.log_model(_model_entry(trained, parity))
     write_report(config, trained.manifest, record, tracker)
     tracker.finish("FINISHED")

@@ -16,14 +16,13 @@ trained in bfloat16 are exported, and compared, in float32.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx
 
+from pipeline.config import Precision
 from pipeline.export.proto import constants, nodes
 
-Precision = Literal["fp32", "fp16", "int8"]
 WEIGHTED = ("Conv", "Gemm", "MatMul", "Einsum")
 
 

@@ -13,6 +13,7 @@ from pipeline.comparison import wilson_interval
 from pipeline.files import write_bytes
 from pipeline.preprocess import PreprocessSpec
 from pipeline.pretraining import spec_for
+from pipeline.report.precisions import PRECISION_CAPTION, precision_sentences, precision_table
 from pipeline.report.run_files import (
     MODEL,
     ClassResult,
@@ -45,8 +46,8 @@ def write_card(path: Path, files: RunFiles) -> None:
 
 def render_card(files: RunFiles) -> str:
     """The whole card."""
-    parts = [f"# {_plain(files.config.name)}", _summary(files), _results(files), _limits(files), _data(files)]
-    parts += [_training(files), _use(files), _lineage(files)]
+    parts = [f"# {_plain(files.config.name)}", _summary(files), _results(files), _precisions(files), _limits(files)]
+    parts += [_data(files), _training(files), _use(files), _lineage(files)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -100,6 +101,15 @@ def _class_row(row: ClassResult) -> list[str]:
 
 def _count(number: int | None) -> str:
     return NONE if number is None else f"{number:,}"
+
+
+def _precisions(files: RunFiles) -> str:
+    if not files.precisions:
+        return ""
+    heads, rows = precision_table(files.precisions)
+    sentences = [f"- {precision}: {_plain(why)}." for precision, why in precision_sentences(files.precisions).items()]
+    where = "A published form lies in `export/PRECISION/`, with its own proof."
+    return "\n".join(["## Smaller and faster", "", _table(heads, rows), "", f"{PRECISION_CAPTION}. {where}", "", *sentences])
 
 
 # ---- what it was not measured on ----

@@ -24,6 +24,7 @@ from pipeline.tracking.server import place_of, without_credentials
 
 TEST, AGAINST, EVALUATION = Path("evaluation/test.json"), Path("evaluation/against.json"), Path("evaluation")
 MODEL, PARITY, PARITY_REFUSED = Path("export/model.onnx"), Path("export/parity.json"), Path("export/parity-refused.json")
+PRECISIONS = Path("export/precisions.json")
 VERDICTS, BASELINES = Path("check/verdicts.json"), Path("check/baselines.json")
 DYNAMICS, WATCHED = Path("dynamics.json"), Path("dynamics.png")
 PREDICTIONS, MISTAKES = EVALUATION / "predictions.csv", EVALUATION / "misclassified"
@@ -77,6 +78,7 @@ class RunFiles:
     test: dict[str, Any] = field(default_factory=dict)
     against: list[dict[str, Any]] = field(default_factory=list)
     parity: dict[str, Any] = field(default_factory=dict)
+    precisions: list[dict[str, Any]] = field(default_factory=list)
     refused: dict[str, Any] = field(default_factory=dict)
     verdicts: list[dict[str, Any]] = field(default_factory=list)
     baselines: dict[str, Any] = field(default_factory=dict)
@@ -101,6 +103,7 @@ class RunFiles:
             test=test,
             against=against.get("comparisons", []) if test and against.get("checkpoint_sha256") == best else [],
             parity=_read(run_dir / PARITY, {}) if is_exported else {},
+            precisions=_read(run_dir / PRECISIONS, []) if is_exported else [],
             refused=_read(run_dir / PARITY_REFUSED, {}),
             verdicts=_read(run_dir / VERDICTS, []),
             baselines=_read(run_dir / BASELINES, {}),

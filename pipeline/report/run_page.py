@@ -31,6 +31,7 @@ from pipeline.report.html import (
     write_page,
 )
 from pipeline.report.model_card import CARD, write_card
+from pipeline.report.precisions import PRECISION_CAPTION, precision_table
 from pipeline.report.run_files import (
     EVALUATION,
     MISTAKES,
@@ -83,6 +84,7 @@ def build_sections(files: RunFiles) -> list[Section]:
         Section("Confusion", _large(files, EVALUATION / "confusion_matrix.png", "What was taken for what")),
         Section("Reliability", _reliability(files)),
         Section("Mistakes", _mistakes(files)),
+        Section("Smaller and faster", _precisions(files)),
         Section("Checks before training", _checks(files)),
         Section("Data set", _data(files)),
         Section("Settings", _settings(files.config)),
@@ -234,6 +236,19 @@ def _checks(files: RunFiles) -> list[Block]:
         level = VERDICT_LEVELS[verdict["verdict"]] if files.applies(verdict) else "note"
         findings.append(Finding(level, f"{verdict['check']}: {verdict['why']}"))
     return [Findings(findings)] if findings else []
+
+
+def _precisions(files: RunFiles) -> list[Block]:
+    if not files.precisions:
+        return []
+    heads, rows = precision_table(files.precisions)
+    findings = [
+        Finding("good" if result["published"] else "look", f"{result['precision']}: {result['why']}")
+        for result in files.precisions
+        if result["precision"] != "fp32"
+    ]
+    cells: list[list[Cell]] = [[*row] for row in rows]
+    return [Findings(findings), Table(heads, cells, PRECISION_CAPTION)]
 
 
 # ---- where it comes from ----

@@ -166,7 +166,7 @@ def _replay(predictor: Predictor, golden_path: Path) -> str:
     if not fits or golden.pixels.shape[1:3] != predictor.spec.fixed_size:
         raise ModelError(f"{golden_path}: belongs to another model. Export the model again.")
     answers = predictor.probabilities([*golden.pixels])  # (N, K)
-    return require_golden(predictor.path, compare_golden(golden, predictor.spec, answers))
+    return require_golden(predictor.path, compare_golden(golden, predictor.spec, answers), predictor.precision)
 
 
 def _require_proof(path: Path, parity_path: Path) -> str:

@@ -41,15 +41,16 @@ def _doctor_together(config: Config, arguments: list[str], exit_dir: Path) -> in
 
 
 def bench(argv: list[str]) -> int:
-    """Measure the data stage beside other loaders, or what a training step or checkpoints cost, on this machine."""
+    """Measure the data stage, a training step, checkpoints, or an exported model beside others, on this machine."""
     parser = parser_of(bench, settings=False)
-    parser.add_argument("what", choices=["data", "step", "checkpoint"], help="what to measure")
+    parser.add_argument("what", choices=["data", "step", "checkpoint", "model"], help="what to measure")
+    parser.add_argument("path", nargs="?", help="for `model`: a run folder or model.onnx; default: runs/digits")
     parser.add_argument("--parts", default="loader,read,open,write", help="loader, read, open, write")
     parser.add_argument("--num-images", type=int, default=4000, help="generated JPEGs to measure with")
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
     parser.add_argument("--steps", type=int, default=500, help="training steps of each turn")
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender has its turn")
-    parser.add_argument("--out", default="bench", help="folder of the images, bench.json and bench.png")
+    parser.add_argument("--out", default="bench", help="folder of the images, figures and picture")
     options = parse_arguments(parser, argv)
     from pipeline.bench.data import require_parts, run_benchmark
 
@@ -58,6 +59,10 @@ def bench(argv: list[str]) -> int:
         if options[name] < least:
             raise ConfigError(f"`--{name.replace('_', '-')}` is {options[name]}; it must be {least} or more.")
     out = Path(options.out)
+    if options.what == "model":
+        return _bench_model(Path(options.path or "runs/digits"), out, options.rounds)
+    if options.path is not None:
+        raise ConfigError(f"`bench {options.what}` takes no path, but '{options.path}' was given.")
     if options.what == "checkpoint":
         from pipeline.bench.checkpoint import checkpoint_costs, start_seconds
 
@@ -80,6 +85,25 @@ def bench(argv: list[str]) -> int:
     for name, why in benchmark.left_out.items():
         facts[f"without {name}"] = why
     closing_box("measured", facts)
+    return 0
+
+
+def _bench_model(path: Path, out: Path, rounds: int) -> int:
+    from pipeline.bench.model import FIGURES, PICTURE, bench_model
+
+    benchmark = bench_model(path, out, rounds)
+    columns = ["contender", "batch", "threads", "p50 ms", "p90 ms", "p99 ms", "images a second", "x fp32"]
+    rows = [
+        [
+            *(row.contender, str(row.batch), str(row.threads)),
+            *(f"{milliseconds:.3f}" for milliseconds in (row.p50_ms, row.p90_ms, row.p99_ms)),
+            *(f"{row.images_a_second:,.0f}", f"{row.times:.2f}"),
+        ]
+        for row in benchmark.figures
+    ]
+    show_table(columns, rows)
+    facts = {"model": benchmark.model, "figures": str(out / FIGURES), "picture": str(out / PICTURE)}
+    closing_box("measured", facts | {f"without {name}": why for name, why in benchmark.left_out.items()})
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline import distributed, launch
 from pipeline.config import Config, load_config, parse_arguments, parse_config
 from pipeline.console import closing_box, say, show_table
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, GateError
 from pipeline.files import locked
 from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.preprocess import PreprocessSpec
@@ -268,6 +268,7 @@ def export(argv: list[str]) -> int:
         has_model, has_targets = (stage_is_done(stage, config, manifest) for stage in ("export", "targets"))
         has_targets |= not config.export.targets
         if has_model and has_targets:
+            _require_precisions(config)
             return up_to_date("export", config.run_dir / "export")
         from pipeline.export.targets import remove_targets, require_targets
 
@@ -280,6 +281,7 @@ def export(argv: list[str]) -> int:
         facts |= _make_targets(config, manifest, record)
     model_path = config.run_dir / "export/model.onnx"
     closing_box("model published" if not has_model else "targets made", facts, f"shardline predict {model_path} IMAGE...")
+    _require_precisions(config)
     return 0
 
 
@@ -298,6 +300,7 @@ def _export_model(config: Config, manifest: DatasetManifest, spec: PreprocessSpe
         "allowed": parity.tolerance_reason,
         "accuracy": f"{accuracy}; {_beside_evaluation(parity.evaluation)}",
         "registry": f"candidate of {config.registered_model}; `shardline promote` compares it with the champion",
+        **_show_precisions(config),
         **settle_run(config, 0),
     }
 
@@ -321,6 +324,36 @@ def _beside_evaluation(evaluation: dict[str, float]) -> str:
     if not evaluation:
         return "not held against an evaluation: there is none of this checkpoint (`shardline evaluate` first)"
     return f"its evaluation says {evaluation['accuracy']:.4f}, at most {evaluation['allowed_difference']:.4f} apart"
+
+
+def _precisions_of(config: Config) -> list[dict[str, Any]]:
+    """What the export says of the smaller forms that the configuration names."""
+    import json
+
+    from pipeline.report.run_files import PRECISIONS
+
+    path = config.run_dir / PRECISIONS
+    return json.loads(path.read_text()) if config.export.precisions and path.is_file() else []
+
+
+def _show_precisions(config: Config) -> dict[str, str]:
+    from pipeline.report.precisions import precision_sentences, precision_table
+
+    results = _precisions_of(config)
+    if results:
+        show_table(*precision_table(results))
+    return precision_sentences(results)
+
+
+def _require_precisions(config: Config) -> None:
+    """Raises GateError where a smaller form that was asked for was refused; the float32 model stays published."""
+    refused = [
+        f"{result['precision']} was refused: {result['why']}" for result in _precisions_of(config) if not result["published"]
+    ]
+    if refused:
+        raise GateError(
+            f"{'. '.join(refused)}. The fp32 model is proved and published. Leave what was refused out of `export.precisions`."
+        )
 
 
 def replay(argv: list[str]) -> int:

@@ -146,6 +146,8 @@ def test_a_value_of_the_wrong_type_on_the_command_line_is_one_line_that_names_it
         ("export.opset", "17"),
         ("export.opset", "99"),
         ("export.tolerance", "0"),
+        ("export.max_drop", "1"),
+        ("export.calibration_images", "0"),
         # Lightning seeds numpy, which takes 32 bits.
         ("seed", "-1"),
         ("seed", "4294967296"),
@@ -298,6 +300,7 @@ CANNOT_CHANGE_THE_WEIGHTS = {
     "export.tolerance",
     "export.max_batch_size",
     "export.targets",
+    *(f"export.{name}" for name in ("precisions", "max_drop", "calibration", "calibration_images")),
     "tracking.max_drop",
     "tracking.model",
     "tracking.uri",

@@ -76,5 +76,10 @@ def test_another_decoder_another_preprocessing_and_other_answers_are_told_apart(
         require_golden(PATH, compare_golden(golden, upright, golden.probabilities))
     with pytest.raises(ModelError, match=r"probabilities differ by 1\.0e-03"):
         require_golden(PATH, compare_golden(golden, spec, golden.probabilities + np.float32(1e-3)))
+    assert "probabilities within 1e-03" in require_golden(
+        PATH, compare_golden(golden, spec, golden.probabilities + np.float32(1e-3)), "int8"
+    )
+    with pytest.raises(ModelError, match=r"has the precision 'int4', which this Shardline does not know\. Upgrade it"):
+        require_golden(PATH, compare_golden(golden, spec, golden.probabilities), "int4")
     with pytest.raises(ModelError, match="probabilities differ by inf"):
         require_golden(PATH, compare_golden(golden, spec, np.full_like(golden.probabilities, np.nan)))

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.config import ExportConfig
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import DataError, GateError
-from pipeline.export.parity import Parity, _same_answers, compare, describe_failure
+from pipeline.export.parity import Parity, compare, describe_failure, same_answers
 from tests.unit.conftest import THREE_CLASSES, THREE_LABELS
 from tests.unit.export import sabotage
 from tests.unit.export.sabotage import Change
@@ -226,12 +226,12 @@ def test_a_model_of_several_labels_passes_and_one_of_another_task_does_not(
 def test_the_most_probable_class_may_be_another_only_on_the_edge() -> None:
     wanted = np.array([[0.6, 0.3, 0.1], [0.4, 0.4 - 1e-6, 0.2], [0.4, 0.39, 0.21]], np.float32)
     found = np.array([[0.5, 0.4, 0.1], [0.39, 0.41, 0.2], [0.39, 0.4, 0.21]], np.float32)
-    same = _same_answers(THREE_CLASSES, {"probabilities": wanted}, {"probabilities": found})
+    same = same_answers(THREE_CLASSES, {"probabilities": wanted}, {"probabilities": found})
     assert same.tolist() == [True, True, False]
 
 
 def test_answers_agree_where_every_label_is_on_the_same_side_or_on_the_edge() -> None:
     wanted = np.array([[0.9, 0.1], [0.5, 0.1], [0.9, 0.6], [0.499, 0.1]], np.float32)
     found = np.array([[0.8, 0.2], [0.499999, 0.1], [0.9, 0.4], [0.501, 0.1]], np.float32)
-    same = _same_answers(THREE_LABELS, {"probabilities": wanted}, {"probabilities": found})
+    same = same_answers(THREE_LABELS, {"probabilities": wanted}, {"probabilities": found})
     assert same.tolist() == [True, True, False, False]

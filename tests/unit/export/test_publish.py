@@ -15,16 +15,18 @@ from torch import nn
 from pipeline.config import Config
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import GateError, ModelError, RunError
-from pipeline.export import publish
+from pipeline.export import precision, publish
 from pipeline.export.graph import _as_text
+from pipeline.export.latency import Latency
 from pipeline.files import sha256_of, write_json
 from pipeline.golden import GoldenVectors
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from pipeline.run import BEST, RunRecord
-from pipeline.serving.predictor import verify_model
+from pipeline.serving.predictor import Predictor, verify_model
 from pipeline.training.evaluate import RESULT
 from tests.unit.export import sabotage
+from tests.unit.export.given import Images
 from tests.unit.export.sabotage import Change
 
 METADATA = {
@@ -114,7 +116,7 @@ def test_a_proved_model_is_published_and_tracked(
     parity = json.loads((tiny_config.run_dir / publish.PARITY).read_text())
     assert parity["passed"]
     assert parity["sha256"] == sha256_of(tiny_config.run_dir / publish.MODEL)
-    assert tracker.files == ["export/parity.json", "export/golden.npz", "/report.html", "/model_card.md"]
+    assert tracker.files == ["export/golden.npz", "export/parity.json", "/report.html", "/model_card.md"]
     inputs = record.inputs_of("export", tiny_config, "test")
     assert record.stage_is_done("export", inputs)
     assert record.best is not None
@@ -352,3 +354,81 @@ def test_a_checkpoint_that_is_not_what_training_left_costs_no_published_model(
         publish.export(tiny_config, tiny_dataset, tiny_spec, record)
     assert exports(tiny_config) == before
     assert {"model.onnx", "parity.json"} <= set(before)
+
+
+# ---- smaller forms ----
+
+
+@pytest.fixture
+def with_forms(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Both forms are asked for; no network of 16 x 16 pixels is faster on integers, so their time is given."""
+
+    def measured(contents: dict[str, bytes], images: Images) -> dict[str, list[Latency]]:
+        return {name: [Latency(1, 1, 1.0, 2.0, 1.0 if name == "fp32" else 0.5)] for name in contents}
+
+    monkeypatch.setattr(precision, "measure_latency", measured)
+    export = dataclasses.replace(tiny_config.export, precisions=["fp16", "int8"], max_drop=0.1)
+    return dataclasses.replace(tiny_config, export=export)
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_smaller_forms_have_folders_of_their_own_that_verify_and_predict_take(
+    with_forms: Config,
+    tiny_dataset: DatasetManifest,
+    tiny_spec: PreprocessSpec,
+    record: RunRecord,
+    tracker: Tracker,
+    tiny_source: Path,
+) -> None:
+    publish.export(with_forms, tiny_dataset, tiny_spec, record)
+    folder = with_forms.run_dir / publish.FOLDER
+    assert exports(with_forms) == ["example.npy", "fp16", "golden.npz", "int8", "model.onnx", "parity.json", "precisions.json"]
+    for name in ("fp16", "int8"):
+        path = folder / name / "model.onnx"
+        facts = verify_model(path)
+        assert facts["precision"] == name
+        assert facts["replayed"].startswith("11 images of awkward kinds: the same pixels, probabilities within 0e+00")
+        assert Predictor(path).predict(tiny_source / "red" / "00.png").label in tiny_dataset.class_names
+    table = json.loads((folder / "precisions.json").read_text())
+    assert [(row["precision"], row["published"]) for row in table] == [("fp32", True), ("fp16", True), ("int8", True)]
+    assert [row["sha256"] for row in table[1:]] == [sha256_of(folder / name / "model.onnx") for name in ("fp16", "int8")]
+    assert {"export/precisions.json", "export/int8/model.onnx", "export/fp16/parity.json"} <= set(tracker.files)
+    assert len(tracker.models) == 1, "the run has one model"
+    inputs = record.inputs_of("export", with_forms, "test")
+    assert record.stage_is_done("export", inputs)
+    (folder / "int8" / "model.onnx").write_bytes(b"another")
+    assert not record.stage_is_done("export", inputs)
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_refused_form_is_in_the_table_alone_and_the_model_stays_published(
+    with_forms: Config,
+    tiny_dataset: DatasetManifest,
+    tiny_spec: PreprocessSpec,
+    record: RunRecord,
+    tracker: Tracker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    black = [np.zeros((8, 3, 16, 16), np.uint8)]
+    monkeypatch.setattr(publish, "calibration_batches", lambda *arguments: iter(black))
+    publish.export(with_forms, tiny_dataset, tiny_spec, record)
+    assert exports(with_forms) == ["example.npy", "fp16", "golden.npz", "model.onnx", "parity.json", "precisions.json"]
+    table = json.loads((with_forms.run_dir / publish.PRECISIONS).read_text())
+    assert [row["published"] for row in table] == [True, True, False]
+    assert table[2]["why"].startswith("it was calibrated on images unlike these")
+    assert verify_model(with_forms.run_dir / publish.MODEL)["precision"] == "fp32"
+    assert record.stage_is_done("export", record.inputs_of("export", with_forms, "test"))
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_forms_that_are_no_longer_asked_for_do_not_stay(
+    with_forms: Config,
+    tiny_config: Config,
+    tiny_dataset: DatasetManifest,
+    tiny_spec: PreprocessSpec,
+    record: RunRecord,
+    tracker: Tracker,
+) -> None:
+    publish.export(with_forms, tiny_dataset, tiny_spec, record)
+    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    assert exports(tiny_config) == ["example.npy", "golden.npz", "model.onnx", "parity.json"]

@@ -1,0 +1,55 @@
+import re
+
+import onnx
+import pytest
+import torch
+
+from pipeline.data.dataset import ShardDataset
+from pipeline.export.activations import clipping_defects, float16_defects, look
+from pipeline.manifest import DatasetManifest
+from pipeline.preprocess import PreprocessSpec
+from tests.unit.export.given import scale_between
+
+
+@pytest.fixture(scope="module")
+def images(tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec) -> torch.Tensor:
+    dataset = ShardDataset(tiny_dataset, "test", tiny_spec)
+    return torch.stack([dataset.image(index) for index in range(len(dataset))])  # (12, 3, 16, 16)
+
+
+def test_every_image_is_looked_at(exported_model: onnx.ModelProto, images: torch.Tensor) -> None:
+    (name,) = [node.output[0] for node in exported_model.graph.node if node.op_type == "Conv"][:1]
+    before = exported_model.SerializeToString(deterministic=True)
+    seen = [*look(exported_model, [name, "logits"], images)]
+    assert [(which, values.shape) for which, values in seen] == [
+        (name, (8, 8, 16, 16)),
+        ("logits", (8, 3)),
+        (name, (4, 8, 16, 16)),
+        ("logits", (4, 3)),
+    ]
+    assert exported_model.SerializeToString(deterministic=True) == before
+
+
+def test_a_sound_model_fits_float16(exported_model: onnx.ModelProto, images: torch.Tensor) -> None:
+    assert [*float16_defects(exported_model, images)] == []
+
+
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [(1e5, r"float16 overflows: on real images `\w+` reaches \d\.\de\+\d\d"), (1e-6, "float16 underflows: on real images")],
+)
+def test_activations_that_float16_cannot_hold_are_found_though_the_answers_are_right(
+    exported_model: onnx.ModelProto, images: torch.Tensor, factor: float, reason: str
+) -> None:
+    (defect,) = float16_defects(scale_between(exported_model, factor), images)
+    assert re.match(reason, defect)
+
+
+def test_values_outside_of_their_range_are_counted(exported_model: onnx.ModelProto, images: torch.Tensor) -> None:
+    (values,) = [values for _, values in look(exported_model, ["logits"], images[:8])]
+    low, high = float(values.min()), float(values.max())
+    assert [*clipping_defects(exported_model, {"logits": (low, high), "not there": (0, 1)}, images[:8])] == []
+    assert [*clipping_defects(exported_model, {}, images)] == []
+    (defect,) = clipping_defects(exported_model, {"logits": (low, low / 2)}, images[:8])
+    assert "it was calibrated on images unlike these: " in defect
+    assert f"% of the values of `logits`, {low:.3g} to {high:.3g}, lie outside of its range" in defect
