@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build docker/NAME.Dockerfile as image shardline-NAME and leave what it holds in dist/sbom-NAME.json:   docker/build.sh serve train
 # BUILDER is docker, podman or buildah (the first that works), BUILD_OPTIONS more options of its `build`. The same commit gives the
-# same layers with podman and buildah, and with docker where its exporter rewrites time stamps.
+# same layers with podman and buildah; docker keeps the time at which it wrote each file.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,19 +23,21 @@ if [ -z "$builder" ]; then
 fi
 works "$builder" || fail "$builder is not installed, or its daemon does not answer; name another one: make images BUILDER=buildah"
 
-time="${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 0)}"
 version="$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)"
 revision="$(git rev-parse HEAD 2>/dev/null || echo unknown)"
 mkdir -p dist
 for name in "$@"; do
   [ -f "docker/$name.Dockerfile" ] || fail "there is no docker/$name.Dockerfile; there are: $(cd docker && echo *.Dockerfile)"
   image="shardline-$name"
+  # Every file gets the time of the last change of what the large layers come from, so they stay the same until then.
+  time="$(git log -1 --format=%ct -- "docker/$name.Dockerfile" "docker/$name.lock" 2>/dev/null || true)"
+  time="${time:-0}"
   options=(--file "docker/$name.Dockerfile" --tag "$image:$version" --tag "$image:latest")
   options+=(--build-arg "VERSION=$version" --build-arg "REVISION=$revision")
   case "$builder" in
     docker) options+=(--build-arg "SOURCE_DATE_EPOCH=$time") ;;
     # The health check is a word of docker's image format; the other one drops it.
-    *) options+=(--format docker --timestamp "$time") ;;
+    *) options+=(--format docker --timestamp "$time" --layers) ;;
   esac
   # shellcheck disable=SC2086
   "$builder" build "${options[@]}" ${BUILD_OPTIONS:-} .

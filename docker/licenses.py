@@ -1,11 +1,10 @@
 """Under which licence each locked package comes: `make licenses` writes docs/licenses.md.
 
-Packages say it in three ways, two of them in free words, so what is said is turned into SPDX identifiers here. Only the standard
-library is needed: docker/sbom.py runs this inside an image.
+Packages say it in three ways, two of them in free words, so what is said is turned into SPDX identifiers here. Only the
+standard library is needed: docker/sbom.py runs this inside an image.
 """
 
 import re
-import sys
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -16,7 +15,6 @@ READ = {
     "cuda-toolkit": NVIDIA,
     "huey": "MIT",
     "nvidia-cusparselt-cu13": NVIDIA,
-    "nvidia-nvtx": "Apache-2.0",
     "python-dateutil": "Apache-2.0 OR BSD-3-Clause",
     "skops": "MIT",
 }
@@ -34,6 +32,7 @@ WORDS = {
     "lgpl with exceptions": "LGPL-3.0-or-later",
     "mit license": "MIT",
     "mozilla public license 2.0 (mpl 2.0)": "MPL-2.0",
+    "psfl": "PSF-2.0",
     "python software foundation license": "PSF-2.0",
 }
 PERMISSIVE = {
@@ -91,12 +90,9 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def locked(lock: Path) -> dict[str, str]:
-    """The version of each package of a lock file that has one on this machine; where several are locked, the installed one."""
-    found = dict[str, str]()
-    for name, version in re.findall(r"^([a-z0-9][\w.-]*)==([^ \\]+)", lock.read_text(), flags=re.MULTILINE):
-        found.setdefault(name, version)
-    return found
+def locked(lock: Path) -> list[str]:
+    """The names in a lock file, each once."""
+    return list(dict.fromkeys(re.findall(r"^([a-z0-9][a-z0-9.-]*)==", lock.read_text(), flags=re.MULTILINE)))
 
 
 def main() -> None:
@@ -119,7 +115,7 @@ def page(repository: Path) -> str:
             continue
         licence = licence_of(package)
         where = ", ".join(image for image, names in images.items() if name in names) or "development only"
-        rows.append(f"| {name} | {package.version} | {licence} | {where} |")
+        rows.append(f"| {name} | {licence} | {where} |")
         for part in unusual_in(licence):
             unusual.setdefault(part, []).append(name)
     named = [f"- **{part}**: {OTHERS.get(part, '?')}. {', '.join(names)}." for part, names in sorted(unusual.items())]
@@ -128,13 +124,14 @@ def page(repository: Path) -> str:
 
 HEAD = """# Licences of the dependencies
 
-Made by `make licenses` from `requirements.lock` and what the packages say of themselves; their texts lie beside them, in the images
-too (`NAME.dist-info/licenses`). The last column names the images that hold a package. Shardline itself is Apache-2.0.
+Made by `make licenses` from `requirements.lock`, which has the versions, and what the packages say of themselves; their texts lie
+beside them, in the images too (`NAME.dist-info/licenses`). "BSD" is one of two that differ in a clause. The last column names the
+images that hold a package. Shardline itself is Apache-2.0.
 
-| package | version | licence | images |
-|---|---|---|---|"""
+| package | licence | images |
+|---|---|---|"""
 TAIL = "Locked for other systems or versions of Python, and not looked at: {names}."
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -28,7 +28,7 @@ def python_component(package: Distribution) -> dict[str, Any]:
 def debian_component(paragraph: str, release: str) -> dict[str, Any]:
     """An installed package of Debian, from its paragraph in dpkg's list."""
     field = dict(re.findall(r"^(Package|Version|Architecture): (.+)$", paragraph, flags=re.MULTILINE))
-    version = field["Version"].replace(":", "%3A").replace("+", "%2B").replace("~", "~")
+    version = field["Version"].replace(":", "%3A").replace("+", "%2B")
     purl = f"pkg:deb/debian/{field['Package']}@{version}?arch={field['Architecture']}&distro={release}"
     return {"type": "library", "bom-ref": purl, "name": field["Package"], "version": field["Version"], "purl": purl}
 
