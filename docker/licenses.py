@@ -67,15 +67,14 @@ def licence_of(package: Distribution) -> str:
     name = normalised(package.metadata["Name"])
     if name in READ:
         return READ[name]
-    expression = package.metadata.get("License-Expression")
-    if expression:
-        return str(expression)
-    field = " ".join((package.metadata.get("License") or "").split())
+    said = {key: package.metadata.get_all(key) or [""] for key in ("License-Expression", "License", "Classifier")}
+    if said["License-Expression"][0]:
+        return str(said["License-Expression"][0])
+    field = " ".join(said["License"][0].split())
     if 0 < len(field) <= 40:  # longer ones are whole licences
         return WORDS.get(field.lower().removesuffix("."), field)
-    classifiers = package.metadata.get_all("Classifier") or []
-    said = [line.rpartition(" :: ")[2] for line in classifiers if line.startswith("License ::")]
-    known = sorted({WORDS[word.lower()] for word in said if word.lower() in WORDS})
+    classifiers = [line.rpartition(" :: ")[2].lower() for line in said["Classifier"] if line.startswith("License ::")]
+    known = sorted({WORDS[word] for word in classifiers if word in WORDS})
     return " OR ".join(known) or UNKNOWN
 
 
@@ -124,9 +123,9 @@ def page(repository: Path) -> str:
 
 HEAD = """# Licences of the dependencies
 
-Made by `make licenses` from `requirements.lock`, which has the versions, and what the packages say of themselves; their texts lie
-beside them, in the images too (`NAME.dist-info/licenses`). "BSD" is one of two that differ in a clause. The last column names the
-images that hold a package. Shardline itself is Apache-2.0.
+Made by `make licenses` from `requirements.lock`, which has the versions, and what the packages say of themselves; their texts
+lie beside them, in the images too (`NAME.dist-info/licenses`). "BSD" is one of two that differ in a clause. The last column names
+the images that hold a package. Shardline itself is Apache-2.0.
 
 | package | licence | images |
 |---|---|---|"""
