@@ -73,7 +73,7 @@ class Engine:
         return list(command)
 
     def contained(
-        self, image: str, *command: str, options: tuple[str, ...] = (), **more: Any
+        self, image: str, *command: str, options: tuple[str, ...] = (), seconds: float = 300.0, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in a container as the README tells to: nothing can be written but /tmp, no right can be had."""
         return self.run("podman", "run", "--rm", *LOCKED_DOWN, *options, image, *command, seconds=seconds, check=check)

@@ -1,7 +1,7 @@
 """The training image, built here without its gigabytes, and what Kubernetes starts in it.
 
 torch and CUDA, all but one of their packages, are taken out of the lock for the build and mounted from this environment to run.
-So every line of the Dockerfile is carried out, on a shorter list; what is not shown is the download of those packages, and a GPU.
+So every line of the Dockerfile is carried out, on a shorter list; not shown are the download of those packages, and a GPU.
 """
 
 import os
@@ -75,7 +75,7 @@ def test_the_command_of_the_kubernetes_job_trains_as_any_user(engine: Engine, im
     (chain / "chain.sh").write_bytes((REPOSITORY / "configs/kubernetes/base/chain.sh").read_bytes())
     values = {"PET_NODE_RANK": "0", "PET_NNODES": "1", "PET_MASTER_ADDR": "127.0.0.1", "JOB_UID": "1", "PROCS": "2"}
     values |= {"HOME": "/nonexistent", "OMP_NUM_THREADS": "1"}
-    (program, *arguments) = [*container["command"], *container["args"]]
+    program, *arguments = list[str]([*container["command"], *container["args"]])
     options = [
         *mounts(), "--user=4242:4242", "--shm-size=256m", f"--entrypoint={program}",
         f"--volume={work}:/work", f"--volume={chain}:/etc/shardline:ro", *(f"--env={k}={v}" for k, v in values.items()),
