@@ -1,8 +1,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup data check train evaluate export doctor slurm k8s ui lint format test test-cluster test-images bench \
-	package images lock licenses clean
+.PHONY: help setup data check train evaluate export doctor slurm k8s ui lint format test test-cluster test-images bench
+.PHONY: package images lock licenses clean
 
 CONFIG ?= configs/digits.yaml
 ARGS ?=
@@ -27,8 +27,6 @@ SETTINGS := --config $(CONFIG) $(ARGS)
 # Files of tests side by side: many of them wait for a server, a time-out or a process more than they compute.
 TWO_AT_ONCE := --numprocesses 2 --dist loadfile
 CUDA_PACKAGES := torch|torchvision|triton|cuda-.*|nvidia-.*
-# What is built bears the time of the last commit, so that the same commit gives the same bytes.
-export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),0)
 COMPILE := uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-annotate --no-header pyproject.toml
 
 help: ## show this list
@@ -112,8 +110,9 @@ test-images: $(READY) ## builds the images without a daemon; root, buildah, podm
 bench: $(READY) ## our data stage beside other loaders, on this machine
 	$(SHARDLINE) bench data $(ARGS)
 
+# The files in a wheel bear the time of the last commit, so the same commit gives the same bytes.
 package: $(READY) ## source distribution and wheel, in dist/
-	@$(VENV)/bin/python -m build --no-isolation --outdir dist . | tail -n 1
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) $(VENV)/bin/python -m build --no-isolation --outdir dist . | tail -n 1
 
 images: ## container images and what each holds (dist/sbom-NAME.json), by docker, podman or buildah: IMAGES="serve train"
 	@BUILDER=$(BUILDER) docker/build.sh $(IMAGES)

@@ -72,7 +72,7 @@ def licence_of(package: Distribution) -> str:
         return str(said["License-Expression"][0])
     field = " ".join(said["License"][0].split())
     if 0 < len(field) <= 40:  # longer ones are whole licences
-        return WORDS.get(field.lower().removesuffix("."), field)
+        return WORDS.get(field.lower().rpartition(" :: ")[2], field)
     classifiers = [line.rpartition(" :: ")[2].lower() for line in said["Classifier"] if line.startswith("License ::")]
     known = sorted({WORDS[word] for word in classifiers if word in WORDS})
     return " OR ".join(known) or UNKNOWN
