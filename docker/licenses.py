@@ -124,8 +124,8 @@ def page(repository: Path) -> str:
 HEAD = """# Licences of the dependencies
 
 Made by `make licenses` from `requirements.lock`, which has the versions, and what the packages say of themselves; their texts
-lie beside them, in the images too (`NAME.dist-info/licenses`). "BSD" is one of two that differ in a clause. The last column names
-the images that hold a package. Shardline itself is Apache-2.0.
+lie beside them, in the images too (`NAME.dist-info/licenses`). "BSD" is one of two that differ in a clause. The last column
+names the images that hold a package. Shardline itself is Apache-2.0.
 
 | package | licence | images |
 |---|---|---|"""

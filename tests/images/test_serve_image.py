@@ -1,11 +1,12 @@
 """The serving image, built here and run as it is meant to be: a read-only root, no rights, any user."""
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
-import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from PIL import Image
 
 from pipeline.cli import VERBS
 from tests.images.conftest import Engine, at_work, checkout
-from tests.processes import wait_until
+from tests.mlflow_server import mlflow_server
+from tests.processes import shardline, wait_until
 from tests.s3 import free_ports
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(1800)]
@@ -101,11 +103,8 @@ def test_it_predicts_what_this_machine_predicts(engine: Engine, image: str, work
     arguments = ["predict", "export/model.onnx", "photo.png", "--json"]
     options = (f"--volume={work}:/work:ro", "--network=none", f"--user={user}")
     (inside,) = json.loads(engine.contained(image, *arguments, options=options).stdout)
-    here = subprocess.check_output([sys.executable, "-m", "pipeline", *arguments], cwd=work, text=True)
-    (outside,) = json.loads(here)
-    assert inside["label"] == outside["label"]
     # Two builds of the same arithmetic: what the project promises between any two runtimes.
-    assert inside["probabilities"] == pytest.approx(outside["probabilities"], rel=0, abs=1e-5)
+    assert inside["probabilities"] == pytest.approx(predicted(work), rel=0, abs=1e-5)
 
 
 def test_it_proves_the_model_on_its_own_machine(engine: Engine, image: str, work: Path) -> None:
@@ -126,24 +125,26 @@ def test_what_is_missing_is_one_line(engine: Engine, image: str) -> None:
 @pytest.mark.skipif("serve" not in VERBS, reason="there is no verb `serve` yet")
 def test_it_serves_is_healthy_and_ends_in_time(engine: Engine, image: str, work: Path, tmp_path: Path) -> None:
     (port,) = free_ports(1)
-    url, log = f"http://127.0.0.1:{port}", tmp_path / "log"
     options = (f"--volume={work}:/work:ro", "--user=4242:0", "--name=serve")
-    command = ["serve", "export/model.onnx", "--host", "127.0.0.1", "--port", str(port)]
-    with at_work(engine, image, *command, options=options, log=log) as process:
-        wait_until(lambda: answers(f"{url}/ready") or process.poll() is not None, "the container to be ready", 120)
-        request = urllib.request.Request(f"{url}/predict?probabilities=1", (work / "photo.png").read_bytes())
-        request.add_header("Content-Type", "image/png")
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            (prediction,) = json.load(answer)["predictions"]
+    with served(engine, image, "export/model.onnx", port=port, options=options, log=tmp_path / "log"):
+        prediction = asked(port, work / "photo.png")
         # Its health check as docker would run it, on this test's port.
         check = [word.replace("8000", str(port)) for word in engine.healthcheck(image)]
         engine.run("podman", "exec", "serve", *check)
-    assert process.returncode == 0, log.read_text()
-    here = subprocess.check_output(
-        [sys.executable, "-m", "pipeline", "predict", "export/model.onnx", "photo.png", "--json"], cwd=work, text=True
-    )
-    (expected,) = json.loads(here)
-    assert prediction["probabilities"] == pytest.approx(expected["probabilities"], rel=0, abs=1e-5)
+    assert prediction == pytest.approx(predicted(work), rel=0, abs=1e-5)
+
+
+@pytest.mark.skipif("serve" not in VERBS, reason="there is no verb `serve` yet")
+def test_it_serves_what_an_mlflow_server_has(engine: Engine, image: str, work: Path, workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "runs/digits", tmp_path / "runs/digits", symlinks=True)
+    with mlflow_server(tmp_path / "server") as server:
+        delivered = shardline("sync", "runs/digits", "--uri", server.uri, cwd=tmp_path)
+        assert delivered.returncode == 0, delivered.stderr
+        (port,) = free_ports(1)
+        words = ("models:/digits@candidate", f"--tracking.uri={server.uri}")
+        with served(engine, image, *words, port=port, options=(), log=tmp_path / "log"):
+            prediction = asked(port, work / "photo.png")
+    assert prediction == pytest.approx(predicted(work), rel=0, abs=1e-5)
 
 
 @pytest.mark.skipif("serve" not in VERBS, reason="there is no verb `serve` yet")
@@ -160,6 +161,32 @@ def test_a_change_of_our_code_changes_our_layer_alone(engine: Engine, image: str
     after = layers(engine, engine.build("serve", context))
     assert len(after) == len(before)
     assert [old == new for old, new in zip(before, after, strict=True)] == [True] * (len(before) - 1) + [False]
+
+
+@contextlib.contextmanager
+def served(engine: Engine, image: str, *words: str, port: int, options: tuple[str, ...], log: Path) -> Iterator[None]:
+    """A container that serves, once it is ready; told to stop at the end, it must end well."""
+    command = ["serve", *words, "--host=127.0.0.1", f"--port={port}"]
+    with at_work(engine, image, *command, options=options, log=log) as process:
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/ready") or process.poll() is not None, "the container", 150)
+        assert process.poll() is None, log.read_text()
+        yield
+    assert process.returncode == 0, log.read_text()
+
+
+def asked(port: int, photo: Path) -> dict[str, float]:
+    """The probabilities that a server gives."""
+    headers = {"Content-Type": "image/png"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/predict?probabilities=1", photo.read_bytes(), headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        (prediction,) = json.load(answer)["predictions"]
+    return dict(prediction["probabilities"])
+
+
+def predicted(work: Path) -> dict[str, float]:
+    """The probabilities that this machine gives."""
+    (row,) = json.loads(shardline("predict", "export/model.onnx", "photo.png", "--json", cwd=work).stdout)
+    return dict(row["probabilities"])
 
 
 def layers(engine: Engine, image: str) -> list[str]:
