@@ -1,7 +1,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup data check train evaluate export web doctor slurm k8s ui lint format test test-cluster bench package clean
+.PHONY: help setup data check train evaluate export web doctor slurm k8s ui lint format test test-cluster test-images bench
+.PHONY: package images lock licenses clean
 
 CONFIG ?= configs/digits.yaml
 ARGS ?=
@@ -16,6 +17,9 @@ GPUS ?=
 SBATCH ?=
 # For `make k8s`: trainjob (with the Kubeflow Trainer) or indexed-job (without any operator)
 K8S ?= indexed-job
+# For `make images`: which of docker/NAME.Dockerfile, and what builds them (docker, podman or buildah) if not the first that works
+IMAGES ?= serve train
+BUILDER ?=
 
 # What runs a model in the browser, from the npm registry
 ONNXRUNTIME_WEB := onnxruntime-web-1.30.0
@@ -28,6 +32,7 @@ SETTINGS := --config $(CONFIG) $(ARGS)
 # Files of tests side by side: many of them wait for a server, a time-out or a process more than they compute.
 TWO_AT_ONCE := --numprocesses 2 --dist loadfile
 CUDA_PACKAGES := torch|torchvision|triton|cuda-.*|nvidia-.*
+COMPILE := uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-annotate --no-header pyproject.toml
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -120,11 +125,28 @@ test: $(READY) ## every test
 test-cluster: $(READY) ## a real Slurm and two hosts on this machine; root, slurm-wlm, munge, iproute2, kubectl
 	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(TWO_AT_ONCE) -m cluster tests/cluster
 
+test-images: $(READY) ## builds the images without a daemon; root, buildah, podman, runc, mmdebstrap
+	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m images tests/images
+
 bench: $(READY) ## our data stage beside other loaders, on this machine
 	$(SHARDLINE) bench data $(ARGS)
 
-package: $(READY) web ## the wheel, in dist/
-	@$(VENV)/bin/pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir dist .
+# The files in a wheel bear the time of the last commit, so the same commit gives the same bytes.
+package: $(READY) web ## source distribution and wheel, in dist/
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) $(VENV)/bin/python -m build --no-isolation --outdir dist . | tail -n 1
+
+images: ## container images and what each holds (dist/sbom-NAME.json), by docker, podman or buildah: IMAGES="serve train"
+	@BUILDER=$(BUILDER) docker/build.sh $(IMAGES)
+
+lock: ## every lock file anew from pyproject.toml, by uv; what is locked stays where it still fits
+	@command -v uv >/dev/null || { echo "error: no uv found, which resolves the lock files; install it: pip install uv" >&2; exit 2; }
+	$(COMPILE) --extra train --extra serve --extra tracking --extra server --extra dev -o requirements.lock
+	$(COMPILE) --constraint requirements.lock --extra serve --extra tracking -o docker/serve.lock
+	$(COMPILE) --constraint requirements.lock --extra train --extra serve --extra s3 -o docker/train.lock
+	$(COMPILE) --constraint requirements.lock --extra server -o docker/mlflow.lock
+
+licenses: $(READY) ## docs/licenses.md from the lock files
+	@$(VENV)/bin/python docker/licenses.py
 
 clean: ## remove caches and builds; never runs, data or .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info

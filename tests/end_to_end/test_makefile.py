@@ -42,8 +42,10 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 def test_help_names_every_target(clone: Path) -> None:
     done = make(clone, "help")
-    phony = next(line for line in (clone / "Makefile").read_text().splitlines() if line.startswith(".PHONY:"))
-    for target in phony.split()[1:]:
+    lines = (clone / "Makefile").read_text().splitlines()
+    targets = [target for line in lines if line.startswith(".PHONY:") for target in line.split()[1:]]
+    assert len(targets) > 20
+    for target in targets:
         assert f"make {target} " in done.stdout
 
 
@@ -118,13 +120,6 @@ def test_a_failed_installation_is_tried_again(recorded: Path) -> None:
         done = make(recorded, "setup", f"PYTHON={recorded}/fake-python")
         assert done.returncode == 2
         assert errors(done) == ["no network", "error: set-up failed; all of it is in .venv/setup.log"]
-
-
-def test_every_entry_of_the_lock_has_a_hash() -> None:
-    entries = (REPOSITORY / "requirements.lock").read_text().replace("\\\n", " ").splitlines()
-    pinned = [entry for entry in entries if entry and not entry.startswith("#")]
-    assert len(pinned) > 100
-    assert all("==" in entry and "--hash=sha256:" in entry for entry in pinned)
 
 
 def test_without_npm_one_line_says_what_the_page_needs(clone: Path) -> None:
