@@ -6,7 +6,6 @@ stands out alone. The data set itself is verified by the verb: reading shards be
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +16,7 @@ from pipeline.files import sha256_of
 from pipeline.run import RUN_NAME, RunRecord
 from pipeline.tracking.deliver import describe_trouble
 from pipeline.tracking.provenance import JOB_TAG
-from pipeline.tracking.registry import SHA256_TAG
+from pipeline.tracking.registry import REGISTERED, SHA256_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 State = Literal["verified", "not reachable", "BROKEN"]
 COLOURS: dict[State, str] = {"verified": "green", "not reachable": "yellow", "BROKEN": "red"}
 MODEL, PARITY = "export/model.onnx", "export/parity.json"
-REGISTERED = re.compile(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))")
 # What the metadata of the file, run.json and the version's tags say alike.
 FACTS = ("data_digest", "job_id", "checkpoint_sha256")
 

@@ -4,6 +4,7 @@ A version is made by the process that delivers a run's journal, which may be kil
 between. So each step first looks for what an earlier try has left: one file of one run makes one version, whatever happens.
 """
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION = "candidate", "champion"
 LOGGED_NAME = "onnx"
 SHA256_TAG = "onnx_sha256"
+# models:/NAME/VERSION or models:/NAME@ALIAS
+REGISTERED = re.compile(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))")
 
 
 def register_model(client: "MlflowClient", run_id: str, run_dir: Path, entry: dict[str, Any]) -> str | None:
