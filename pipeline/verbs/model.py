@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, parse_arguments, parse_config
-from pipeline.errors import ConfigError, DataError, ModelError
+from pipeline.errors import DataError, ModelError
 from pipeline.verbs.parsing import parser_of
 
 if TYPE_CHECKING:
@@ -101,11 +101,10 @@ def _model_path(model: str | None, config: Config) -> Path:
 
 
 def _following(model: str, config: Config, poll_seconds: float) -> list[str]:
-    """The command that keeps a pointer to a registered model. Raises ConfigError for what names none."""
-    from pipeline.tracking.registry import REGISTERED
+    """The command that keeps a pointer to a registered model. Raises RunError for what names none."""
+    from pipeline.tracking.registry import require_registered
     from pipeline.tracking.server import server_of
 
-    if REGISTERED.fullmatch(model) is None:
-        raise ConfigError(f"'{model}' names no version: write models:/NAME@ALIAS or models:/NAME/VERSION.")
+    require_registered(model)
     server = server_of(config).arguments()
     return [sys.executable, "-m", "pipeline.tracking.follow", *server, model, str(poll_seconds)]
