@@ -38,10 +38,8 @@ class ServeSettings:
     workers: int = option(1, "processes that share the port: throughput; each holds the model")
     threads: int = option(0, "threads of a worker's model: latency; 0: its share of the CPUs")
     max_batch: int = option(32, "most images that go through the model at once")
-    # Twice the median answer of a small network; photos of 3 ms each still share batches, without waiting for 31 others.
-    batch_delay_ms: float = option(
-        5.0, "longest time that a batch is collected for while more requests come; a lone one never waits"
-    )
+    # 32 small images, or two photos of 3 ms each: then the first need not wait for the decoding of others.
+    batch_delay_ms: float = option(5.0, "longest time that a batch is collected for; a lone request never waits")
     # A phone's photo is 3 to 8 MB.
     max_body_mb: float = option(10.0, "largest body of a request, in megabytes")
     # The largest sensor of a common phone; its pixels take 150 MB decoded.
