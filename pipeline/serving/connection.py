@@ -139,7 +139,7 @@ class Connection(asyncio.Protocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self.is_deaf = True  # the request itself is answered; the other protocol is not spoken
+            self.is_deaf = True
         except httptools.HttpParserError as error:
             if self.is_deaf:  # by a callback, which has said why
                 return
@@ -206,7 +206,8 @@ class Connection(asyncio.Protocol):
         request.method = self.parser.get_method().decode("latin-1")
         path, _, query = request.target.partition(b"?")
         request.path, request.query = path.decode("latin-1"), query.decode("latin-1")
-        request.keep_alive = self.parser.should_keep_alive()
+        # Another protocol is not spoken: the request itself is answered, and the rest left.
+        request.keep_alive = self.parser.should_keep_alive() and not self.parser.should_upgrade()
         request.is_http_1_0 = self.parser.get_http_version() == "1.0"
         try:
             self._check_head(request)
@@ -224,15 +225,14 @@ class Connection(asyncio.Protocol):
     def _check_head(self, request: Request) -> None:
         """Refuse what cannot be answered, whatever it asks for. Raises RefusedError."""
         headers = request.headers
+        coding, length = headers.get(b"transfer-encoding"), headers.get(b"content-length")
+        request.has_body = coding is not None or length not in (None, b"0")
         if len(request.target) + sum(map(len, headers.values())) > MAX_HEAD_BYTES:
             raise _long_head()
         if b"host" not in headers and not request.is_http_1_0:
             raise RefusedError(400, "the request names no host.")
-        coding = headers.get(b"transfer-encoding")
         if coding is not None and coding.lower() != b"chunked":
             raise RefusedError(400, "the only transfer coding that is read is chunked.")
-        length = headers.get(b"content-length")
-        request.has_body = coding is not None or length not in (None, b"0")
         if length is not None and int(length) > self.listener.settings.max_body_bytes:
             raise self._too_large()
 
