@@ -1,0 +1,164 @@
+"""`shardline bench serve`: our server beside others with the same ONNX file, images and clients, in turns; tables and verdicts.
+
+A server and all its processes have one core, the clients another, so that requests a second are requests a core-second.
+"""
+
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.bench.load import Answer
+from pipeline.bench.measure import Figures, in_process
+from pipeline.bench.results import Benchmark, Target, median
+from pipeline.bench.served_models import SERVED
+from pipeline.bench.servers import (
+    FASTAPI,
+    LITSERVE,
+    MLFLOW,
+    OURS,
+    SERVERS,
+    Form,
+    ask_all,
+    is_installed,
+    pinned,
+    request_for,
+    serving,
+    top_of,
+)
+from pipeline.console import say
+from pipeline.errors import ConfigError
+from pipeline.preprocess import decode_image
+from pipeline.serving.predictor import Predictor
+
+PARTS = tuple(SERVED)
+PACKAGES = ("onnxruntime", "numpy", "pillow", "uvicorn", "fastapi", "litserve", "mlflow")
+CLIENTS = (1, 16, 64)
+SECONDS = 3.0  # of each measurement
+# Of a probability: a server may resize in another order, not see other pixels.
+MOST_ABS = 1e-3
+# Beside whom, in which form of ours, how many times as many requests a second.
+GOALS = ((FASTAPI, "multipart", 1.5), (LITSERVE, "multipart", 4.0), (MLFLOW, "raw", 4.0))
+MOST_MS_ABOVE_MODEL = 1.0
+ALONE = "model alone"
+
+Found = dict[str, list[Figures]]  # by row of a table: one a round
+
+
+@dataclass(frozen=True)
+class Material:
+    """A model, the images that it is asked about, and what it says of them."""
+
+    model: Path
+    images: list[Path]
+    predictor: Predictor
+
+    def requests(self, name: str, form: Form) -> list[bytes]:
+        """One request for each image, in a form that a server takes."""
+        return [request_for(SERVERS[name], form, path.read_bytes(), self.predictor.spec) for path in self.images]
+
+    def require_right(self, image: Path, answer: Answer) -> None:
+        """Raise RuntimeError unless a server answers as the model does: one that does not, does other work."""
+        if answer.status != 200:
+            raise RuntimeError(f"answered {answer.status}: {answer.body[:200]!r}")
+        (row,) = self.predictor.probabilities([decode_image(image.read_bytes(), self.predictor.spec)])
+        label, probability = top_of(answer.body, self.predictor.class_names)
+        wanted = self.predictor.class_names[int(row.argmax())]
+        if label != wanted or abs(probability - float(row.max())) > MOST_ABS:
+            raise RuntimeError(f"says {label} {probability:.4f} of {image.name}, the model {wanted} {row.max():.4f}")
+
+
+def run_benchmark(out: Path, parts: list[str], rounds: int) -> Benchmark:
+    """Measure every server that is installed, each in turn in every round, and leave bench.json in `out`.
+
+    Raises ConfigError on a machine with one core.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise ConfigError("`bench serve` needs two cores, one for the server and one for its clients; here is one.")
+    benchmark = Benchmark({}, [], {name: "not installed" for name in SERVERS if not is_installed(name)})
+    for part in parts:
+        model, images = SERVED[part](out / part)
+        material = Material(model, images, Predictor(model))
+        alone: Found = {ALONE: []}
+        found: dict[int, Found] = {clients: {} for clients in CLIENTS}
+        for number in range(rounds):
+            with pinned(cores[0]):
+                alone[ALONE].append(in_process("model", model=str(model), images=[str(path) for path in images]))
+            for name in [name for name in SERVERS if name not in benchmark.left_out]:
+                say(f"{part}, round {number + 1} of {rounds}: {name}")
+                try:
+                    _measure_server(name, material, found, cores[0], cores[1])
+                except (RuntimeError, OSError) as error:
+                    benchmark.left_out[name] = f"failed: {error}"
+        _add(benchmark, part, alone, found)
+    benchmark.write(out / "bench.json", PACKAGES)
+    return benchmark
+
+
+def _measure_server(name: str, material: Material, found: dict[int, Found], core: int, core_of_clients: int) -> None:
+    """One turn of a server: every form with every number of clients."""
+    folder = material.model.parent
+    requests = {form: material.requests(name, form) for form in SERVERS[name].forms}
+    (first, *_), *_ = requests.values()
+    with serving(name, material.model, core, first, folder / f"{name}.log") as port:
+        for form, contents in requests.items():
+            for image, answer in zip(material.images, asyncio.run(ask_all(port, contents)), strict=True):
+                material.require_right(image, answer)
+            kept = _keep(contents, folder / f"{name}-{form}")
+            for clients in CLIENTS:
+                with pinned(core_of_clients):
+                    figures = _load(port, kept, clients)
+                found[clients].setdefault(f"{name}, {form}", []).append(figures)
+
+
+def _keep(requests: list[bytes], folder: Path) -> Path:
+    """Write requests where the clients find them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, request in enumerate(requests):
+        (folder / f"{number:03d}.http").write_bytes(request)
+    return folder
+
+
+def _load(port: int, folder: Path, clients: int) -> Figures:
+    wanted = json.dumps({"port": port, "folder": str(folder), "clients": clients, "seconds": SECONDS})
+    command = [sys.executable, "-m", "pipeline.bench.load", wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{clients} clients: {done.stderr.strip().splitlines()[-1]}")
+    figures: Figures = json.loads(done.stdout)
+    return figures
+
+
+def _add(benchmark: Benchmark, part: str, alone: Found, found: dict[int, Found]) -> None:
+    """Add the tables of a part, and the verdicts: with digits, where it is not the network that takes the time."""
+    benchmark.figures[part] = {ALONE: median(alone[ALONE])}
+    for clients, rows in found.items():
+        benchmark.figures[f"{part}, clients: {clients}"] = {name: median(rounds) for name, rounds in rows.items()}
+    if part != "digits":
+        return
+    for name, form, goal in GOALS:
+        for clients in CLIENTS[1:]:
+            ratio = _ratio(found[clients], f"{OURS}, {form}", f"{name}, {SERVERS[name].forms[0]}")
+            if ratio is not None:
+                what = f"requests/s beside {name}, {clients} clients"
+                benchmark.targets.append(Target(what, ratio, f">= {goal} x", ratio >= goal))
+    ours = found[CLIENTS[0]].get(f"{OURS}, raw")
+    if ours:
+        above = statistics.median(us["p50_ms"] - model["run_ms"] for us, model in zip(ours, alone[ALONE], strict=False))
+        goal_ms = f"<= {MOST_MS_ABOVE_MODEL:.0f} ms"
+        benchmark.targets.append(
+            Target("p50 of one client above the model's time", above, goal_ms, above <= MOST_MS_ABOVE_MODEL)
+        )
+
+
+def _ratio(rows: Found, ours: str, theirs: str) -> float | None:
+    """Median over the rounds of our requests a second beside theirs; None where one of them is missing."""
+    if not {ours, theirs} <= rows.keys():
+        return None
+    pairs = zip(rows[ours], rows[theirs], strict=False)
+    return statistics.median(us["requests_a_second"] / them["requests_a_second"] for us, them in pairs)

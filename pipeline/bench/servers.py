@@ -1,0 +1,160 @@
+"""Servers to measure, how each is started, asked and ended; all answer images by the same ONNX file.
+
+They get every cheap advantage that does not change what they are: no access log, one thread a session, and pixels that need
+no more than a resize.
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.bench.load import Answer, Connection
+from pipeline.preprocess import PreprocessSpec, decode_image
+
+Form = Literal["raw", "multipart", "tensor"]
+OURS = "shardline serve"
+FASTAPI = "FastAPI + onnxruntime"
+LITSERVE = "LitServe"
+MLFLOW = "mlflow models serve"
+START_SECONDS = 120.0
+STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """One contender."""
+
+    needs: str  # the package without which it is left out
+    command: str  # what python runs
+    url: str  # that takes an image
+    forms: tuple[Form, ...]  # in which it takes one
+    field: str = "file"  # of a form
+
+
+SERVERS = {
+    OURS: Server("uvicorn", "-m pipeline serve MODEL --port PORT --threads 1", "/predict", ("multipart", "raw")),
+    FASTAPI: Server("fastapi", "-m pipeline.bench.served_by_fastapi MODEL PORT", "/predict", ("multipart",)),
+    LITSERVE: Server("litserve", "-m pipeline.bench.served_by_litserve MODEL PORT", "/predict", ("multipart",), "request"),
+    MLFLOW: Server("mlflow", "-m pipeline.bench.served_by_mlflow MODEL PORT", "/invocations", ("tensor",)),
+}
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package of a server is here."""
+    return importlib.util.find_spec(SERVERS[name].needs) is not None
+
+
+# ---- what they are asked, and what they say ----
+
+
+def post(url: str, kind: str, body: bytes) -> bytes:
+    """A whole POST request."""
+    head = f"POST {url} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def request_for(server: Server, form: Form, encoded: bytes, spec: PreprocessSpec) -> bytes:
+    """What asks about a JPEG: as it is, as the file of a form, or as JSON of its pixels."""
+    if form == "raw":
+        return post(server.url, "image/jpeg", encoded)
+    if form == "multipart":
+        part = f'Content-Disposition: form-data; name="{server.field}"; filename="photo.jpg"\r\nContent-Type: image/jpeg'
+        body = b"--frontier\r\n" + part.encode() + b"\r\n\r\n" + encoded + b"\r\n--frontier--\r\n"
+        return post(server.url, "multipart/form-data; boundary=frontier", body)
+    pixels = decode_image(encoded, spec).transpose(2, 0, 1)  # (3, H, W)
+    return post(server.url, "application/json", json.dumps({"inputs": [pixels.tolist()]}, separators=(",", ":")).encode())
+
+
+def top_of(body: bytes, class_names: list[str]) -> tuple[str, float]:
+    """Label and probability of the most probable class, from any contender's answer about one image."""
+    answer = json.loads(body)
+    if isinstance(answer.get("predictions"), dict):  # mlflow: an array for each output of the model
+        (row,) = answer["predictions"]["probabilities"]
+        return class_names[row.index(max(row))], max(row)
+    best: dict[str, Any] = answer["predictions"][0]["top_k"][0] if "predictions" in answer else answer["top_k"][0]
+    return best["label"], best["probability"]
+
+
+async def ask_all(port: int, requests: list[bytes]) -> list[Answer]:
+    """The answers to requests, one after another on one connection. Raises OSError where there are none."""
+    connection = await Connection.open(port)
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            return [await connection.ask(request) for request in requests]
+    finally:
+        connection.close()
+
+
+# ---- from their start to their end ----
+
+
+@contextlib.contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Processes that are started in here keep to one core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def serving(name: str, model: Path, core: int, first: bytes, log: Path) -> Iterator[int]:
+    """A server on a core of its own, from its `first` answer on; yields its port, and ends all its processes.
+
+    Raises RuntimeError with the end of its `log` when no answer comes.
+    """
+    port = _free_port()
+    words = {"MODEL": str(model), "PORT": str(port)}
+    command = [sys.executable, *(words.get(word, word) for word in SERVERS[name].command.split())]
+    # MLflow looks for uvicorn on the PATH.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with log.open("wb") as output, pinned(core):
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        _wait_until_ready(process, port, first, log)
+        yield port
+    finally:
+        _end(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, request: bytes, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            (answer,) = asyncio.run(ask_all(port, [request]))
+            if answer.status == 200:
+                return
+        if process.poll() is not None or time.monotonic() > deadline:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"does not answer: {' '.join(last)} ({log})")
+        time.sleep(0.1)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server and every process that it started, also those that it forgets (LitServe's outlive a SIGTERM)."""
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, kind)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
