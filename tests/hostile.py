@@ -101,7 +101,7 @@ def _images(jpeg: bytes) -> list[Attack]:
         _once("HTML as such", post("/predict", "text/html", bodies["HTML"])),
         _once("JSON instead of an image", post("/predict", "application/json", b'{"url": "file:///etc/passwd"}')),
         _once("gzipped body", post("/predict", "image/jpeg\r\nContent-Encoding: gzip", jpeg)),
-        *(_once(f"query {query}", post(f"/predict?{query}", "image/jpeg", jpeg)) for query in BAD_QUERIES),
+        *(_once(f"query {query[:20]}", post(f"/predict?{query}", "image/jpeg", jpeg)) for query in BAD_QUERIES),
     ]
 
 

@@ -186,7 +186,8 @@ class Load:
         connection.close()
         good = cases(name, self.images, self.predictor)
         assert self.predictor.spec.fixed_size is not None
-        bad = attacks(name, self.images[0], self.predictor.spec.fixed_size[0])
+        jpeg = next(encoded for encoded in self.images if kind_of(encoded) == "image/jpeg")
+        bad = attacks(name, jpeg, self.predictor.spec.fixed_size[0])
         self.ends = time.perf_counter() + plan.seconds
         async with asyncio.TaskGroup() as group:
             for number in range(plan.clients):

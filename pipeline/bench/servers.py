@@ -96,6 +96,12 @@ async def ask_all(port: int, requests: list[bytes]) -> list[Answer]:
         connection.close()
 
 
+def command_of(name: str, model: Path, port: int) -> list[str]:
+    """The command line that starts a server in the foreground."""
+    words = {"MODEL": str(model), "PORT": str(port)}
+    return [sys.executable, *(words.get(word, word) for word in SERVERS[name].command.split())]
+
+
 # ---- from their start to their end ----
 
 
@@ -117,8 +123,7 @@ def serving(name: str, model: Path, core: int, first: bytes, log: Path) -> Itera
     Raises RuntimeError with the end of its `log` when no answer comes.
     """
     port = _free_port()
-    words = {"MODEL": str(model), "PORT": str(port)}
-    command = [sys.executable, *(words.get(word, word) for word in SERVERS[name].command.split())]
+    command = command_of(name, model, port)
     # MLflow looks for uvicorn on the PATH.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
