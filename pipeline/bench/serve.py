@@ -95,7 +95,7 @@ def run_benchmark(out: Path, parts: list[str], rounds: int) -> Benchmark:
                     _measure_server(name, material, found, cores[0], cores[1])
                 except (RuntimeError, OSError) as error:
                     benchmark.left_out[name] = f"failed: {error}"
-        _add(benchmark, part, alone, found)
+        add_verdicts(benchmark, part, alone, found)
     benchmark.write(out / "bench.json", PACKAGES)
     return benchmark
 
@@ -104,7 +104,7 @@ def _measure_server(name: str, material: Material, found: dict[int, Found], core
     """One turn of a server: every form with every number of clients."""
     folder = material.model.parent
     requests = {form: material.requests(name, form) for form in SERVERS[name].forms}
-    (first, *_), *_ = requests.values()
+    first = next(iter(requests.values()))[0]
     with serving(name, material.model, core, first, folder / f"{name}.log") as port:
         for form, contents in requests.items():
             for image, answer in zip(material.images, asyncio.run(ask_all(port, contents)), strict=True):
@@ -134,7 +134,7 @@ def _load(port: int, folder: Path, clients: int) -> Figures:
     return figures
 
 
-def _add(benchmark: Benchmark, part: str, alone: Found, found: dict[int, Found]) -> None:
+def add_verdicts(benchmark: Benchmark, part: str, alone: Found, found: dict[int, Found]) -> None:
     """Add the tables of a part, and the verdicts: with digits, where it is not the network that takes the time."""
     benchmark.figures[part] = {ALONE: median(alone[ALONE])}
     for clients, rows in found.items():

@@ -43,7 +43,7 @@ class Server:
 
 
 SERVERS = {
-    OURS: Server("uvicorn", "-m pipeline serve MODEL --port PORT --threads 1", "/predict", ("multipart", "raw")),
+    OURS: Server("httptools", "-m pipeline serve MODEL --port PORT --threads 1", "/predict", ("multipart", "raw")),
     FASTAPI: Server("fastapi", "-m pipeline.bench.served_by_fastapi MODEL PORT", "/predict", ("multipart",)),
     LITSERVE: Server("litserve", "-m pipeline.bench.served_by_litserve MODEL PORT", "/predict", ("multipart",), "request"),
     MLFLOW: Server("mlflow", "-m pipeline.bench.served_by_mlflow MODEL PORT", "/invocations", ("tensor",)),
