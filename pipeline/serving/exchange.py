@@ -47,7 +47,7 @@ class Request:
 
     __slots__ = (
         "abandon", "began", "body", "has_body", "headers", "is_http_1_0", "is_over", "keep_alive", "method", "num_bytes",
-        "path", "query", "ready", "route", "sender", "target",
+        "num_pieces", "path", "query", "ready", "route", "sender", "target",
     )  # fmt: skip
 
     def __init__(self, sender: Sender, began: float) -> None:
@@ -62,6 +62,7 @@ class Request:
         self.body: bytes | bytearray = b""
         self.has_body = False
         self.num_bytes = 0  # of the body, as far as it has come
+        self.num_pieces = 0  # in which it came
         self.keep_alive = True
         self.is_http_1_0 = False
         self.is_over = False  # answered, or its client has gone
