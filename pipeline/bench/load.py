@@ -145,33 +145,31 @@ async def measure(port: int, requests: list[bytes], num_clients: int, seconds: f
     Raises RuntimeError for any answer but 200, ConnectionError and TimeoutError where there is none.
     """
     begin = time.perf_counter() + WARM_UP_SECONDS
+    end = begin + seconds
     async with asyncio.timeout(WARM_UP_SECONDS + seconds + PATIENCE_SECONDS):
-        latencies = await asyncio.gather(
-            *(_ask_again_and_again(port, requests, number, begin, begin + seconds) for number in range(num_clients))
-        )
-    counted = [latency for of_client in latencies for latency in of_client]
+        clients = [_ask_again_and_again(port, requests, number, end) for number in range(num_clients)]
+        spans = [span for of_client in await asyncio.gather(*clients) for span in of_client]
+    counted = [answered - asked for asked, answered in spans if begin <= answered < end]
     if not counted:
         raise RuntimeError(f"no answer within {seconds:.0f} s")
-    figures = {f"p{percent}_ms": quantile(counted, percent / 100) * 1e3 for percent in (50, 90, 99)}
-    return {"requests_a_second": len(counted) / seconds, **figures}
+    quantiles = {f"p{percent}_ms": quantile(counted, percent / 100) * 1e3 for percent in (50, 90, 99)}
+    return {"requests": len(spans), "requests_a_second": len(counted) / seconds, **quantiles}
 
 
-async def _ask_again_and_again(port: int, requests: list[bytes], number: int, begin: float, end: float) -> list[float]:
-    """Seconds of each request whose answer came between `begin` and `end`."""
+async def _ask_again_and_again(port: int, requests: list[bytes], number: int, end: float) -> list[tuple[float, float]]:
+    """When each request was asked and answered, in seconds of the performance counter."""
     connection = await Connection.open(port)
-    latencies = []
+    spans = []
     try:
         while (asked := time.perf_counter()) < end:
             answer = await connection.ask(requests[number % len(requests)])
-            now = time.perf_counter()
             if answer.status != 200:
                 raise RuntimeError(f"answered {answer.status}: {answer.body[:200]!r}")
-            if begin <= now < end:
-                latencies.append(now - asked)
+            spans.append((asked, time.perf_counter()))
             number += 1
     finally:
         connection.close()
-    return latencies
+    return spans
 
 
 if __name__ == "__main__":

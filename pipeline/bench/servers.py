@@ -105,6 +105,24 @@ def command_of(name: str, model: Path, port: int) -> list[str]:
 # ---- from their start to their end ----
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server at work."""
+
+    port: int
+    group: int  # of its processes
+
+    def cpu_seconds(self) -> float:
+        """User and system time of all its processes, and of those of their children that have ended."""
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                values = stat.read_text().rsplit(")", 1)[1].split()
+                if int(values[2]) == self.group:
+                    ticks += sum(int(value) for value in values[11:15])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
 def pinned(core: int) -> Iterator[None]:
     """Processes that are started in here keep to one core."""
@@ -117,8 +135,8 @@ def pinned(core: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def serving(name: str, model: Path, core: int, first: bytes, log: Path) -> Iterator[int]:
-    """A server on a core of its own, from its `first` answer on; yields its port, and ends all its processes.
+def serving(name: str, model: Path, core: int, first: bytes, log: Path) -> Iterator[Running]:
+    """A server on a core of its own, from its `first` answer on; all its processes are ended.
 
     Raises RuntimeError with the end of its `log` when no answer comes.
     """
@@ -131,7 +149,7 @@ def serving(name: str, model: Path, core: int, first: bytes, log: Path) -> Itera
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
         _wait_until_ready(process, port, first, log)
-        yield port
+        yield Running(port, process.pid)
     finally:
         _end(process)
 

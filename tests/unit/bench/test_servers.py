@@ -105,8 +105,10 @@ def test_all_processes_of_a_server_are_ended(tmp_path: Path, monkeypatch: pytest
     program.write_text(LEAKY)
     leaky = servers.Server("json", f"{program} MODEL PORT", "/", ("raw",))
     monkeypatch.setitem(SERVERS, "leaky", leaky)
-    with serving("leaky", tmp_path / "pid", 0, b"GET / HTTP/1.1\r\n\r\n", tmp_path / "log"):
+    with serving("leaky", tmp_path / "pid", 0, b"GET / HTTP/1.1\r\n\r\n", tmp_path / "log") as server:
         child = int((tmp_path / "pid").read_text())
+        # Two Pythons have started.
+        assert 0.02 < server.cpu_seconds() < 10
         assert Path(f"/proc/{child}").exists()
     wait_until(lambda: has_ended(child), "the child's end", seconds=10)
 
