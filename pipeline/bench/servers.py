@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.bench.load import Answer, Connection
-from pipeline.preprocess import PreprocessSpec, decode_image
+from pipeline.preprocess import decode_image
+from pipeline.serving.predictor import Predictor
+from pipeline.serving.served import name_of
 
-Form = Literal["raw", "multipart", "tensor"]
+Form = Literal["raw", "multipart", "json"]
 OURS = "shardline serve"
 FASTAPI = "FastAPI + onnxruntime"
 LITSERVE = "LitServe"
@@ -37,16 +39,19 @@ class Server:
 
     needs: str  # the package without which it is left out
     command: str  # what python runs
-    url: str  # that takes an image
-    forms: tuple[Form, ...]  # in which it takes one
-    field: str = "file"  # of a form
+    urls: dict[Form, str]  # that take an image, by the form in which they do; MODEL stands for the model's name
+    field: str = "file"  # of a multipart form
 
 
 SERVERS = {
-    OURS: Server("httptools", "-m pipeline serve MODEL --port PORT --threads 1", "/predict", ("multipart", "raw")),
-    FASTAPI: Server("fastapi", "-m pipeline.bench.served_by_fastapi MODEL PORT", "/predict", ("multipart",)),
-    LITSERVE: Server("litserve", "-m pipeline.bench.served_by_litserve MODEL PORT", "/predict", ("multipart",), "request"),
-    MLFLOW: Server("mlflow", "-m pipeline.bench.served_by_mlflow MODEL PORT", "/invocations", ("tensor",)),
+    OURS: Server(
+        "httptools",
+        "-m pipeline serve MODEL --port PORT --threads 1",
+        {"multipart": "/predict", "raw": "/predict", "json": "/v2/models/MODEL/infer"},
+    ),
+    FASTAPI: Server("fastapi", "-m pipeline.bench.served_by_fastapi MODEL PORT", {"multipart": "/predict"}),
+    LITSERVE: Server("litserve", "-m pipeline.bench.served_by_litserve MODEL PORT", {"multipart": "/predict"}, "request"),
+    MLFLOW: Server("mlflow", "-m pipeline.bench.served_by_mlflow MODEL PORT", {"json": "/invocations"}),
 }
 
 
@@ -64,25 +69,33 @@ def post(url: str, kind: str, body: bytes) -> bytes:
     return head.encode() + body
 
 
-def request_for(server: Server, form: Form, encoded: bytes, spec: PreprocessSpec) -> bytes:
+def request_for(server: Server, form: Form, encoded: bytes, predictor: Predictor) -> bytes:
     """What asks about a JPEG: as it is, as the file of a form, or as JSON of its pixels."""
+    url = server.urls[form].replace("MODEL", name_of(predictor.path))
     if form == "raw":
-        return post(server.url, "image/jpeg", encoded)
+        return post(url, "image/jpeg", encoded)
     if form == "multipart":
         part = f'Content-Disposition: form-data; name="{server.field}"; filename="photo.jpg"\r\nContent-Type: image/jpeg'
         body = b"--frontier\r\n" + part.encode() + b"\r\n\r\n" + encoded + b"\r\n--frontier--\r\n"
-        return post(server.url, "multipart/form-data; boundary=frontier", body)
-    pixels = decode_image(encoded, spec).transpose(2, 0, 1)  # (3, H, W)
-    return post(server.url, "application/json", json.dumps({"inputs": [pixels.tolist()]}, separators=(",", ":")).encode())
+        return post(url, "multipart/form-data; boundary=frontier", body)
+    pixels = decode_image(encoded, predictor.spec).transpose(2, 0, 1)[None]  # (1, 3, H, W)
+    tensor: object = pixels.tolist()
+    if url.startswith("/v2/"):
+        tensor = [{"name": "image", "datatype": "UINT8", "shape": pixels.shape, "data": pixels.ravel().tolist()}]
+    return post(url, "application/json", json.dumps({"inputs": tensor}, separators=(",", ":")).encode())
 
 
 def top_of(body: bytes, class_names: list[str]) -> tuple[str, float]:
     """Label and probability of the most probable class, from any contender's answer about one image."""
     answer = json.loads(body)
-    if isinstance(answer.get("predictions"), dict):  # mlflow: an array for each output of the model
-        (row,) = answer["predictions"]["probabilities"]
-        return class_names[row.index(max(row))], max(row)
-    best: dict[str, Any] = answer["predictions"][0]["top_k"][0] if "predictions" in answer else answer["top_k"][0]
+    if "top_k" in answer:
+        best: dict[str, Any] = answer["top_k"][0]
+    elif isinstance(answer.get("predictions"), list):
+        best = answer["predictions"][0]["top_k"][0]
+    else:  # MLflow's arrays or V2's, one for each output of the model
+        found = answer.get("predictions") or {output["name"]: [output["data"]] for output in answer["outputs"]}
+        (row,) = found["probabilities"]
+        best = {"label": class_names[row.index(max(row))], "probability": max(row)}
     return best["label"], best["probability"]
 
 

@@ -75,7 +75,7 @@ def test_our_server_is_measured_beside_another(tmp_path: Path, monkeypatch: pyte
     assert benchmark.left_out == {LITSERVE: "not installed", MLFLOW: "not installed"}
     assert list(benchmark.figures) == ["digits", *(f"digits, clients: {clients}" for clients in (1, 16, 64))]
     for rows in list(benchmark.figures.values())[1:]:
-        assert rows.keys() == {f"{OURS}, multipart", f"{OURS}, raw", f"{FASTAPI}, multipart"}
+        assert rows.keys() == {f"{OURS}, multipart", f"{OURS}, raw", f"{OURS}, json", f"{FASTAPI}, multipart"}
         assert all(row["requests_a_second"] > 10 for row in rows.values())
     assert len(benchmark.targets) == 3
     assert json.loads((tmp_path / "bench.json").read_text())["machine"]["versions"]["onnxruntime"]

@@ -5,18 +5,26 @@ from email.parser import BytesParser
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
 from pipeline.bench import servers
 from pipeline.bench.servers import FASTAPI, MLFLOW, OURS, SERVERS, command_of, pinned, request_for, serving, top_of
-from pipeline.preprocess import PreprocessSpec
+from pipeline.serving.predictor import Predictor
 from tests.hostile import encoded
 from tests.processes import wait_until
 
 CLASSES = ["cat", "dog", "owl"]
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
 JPEG = encoded(PHOTO, "JPEG")
+
+
+@pytest.fixture
+def predictor(exported_model: onnx.ModelProto, tmp_path: Path) -> Predictor:
+    """A model that takes 16 x 16 pixels."""
+    onnx.save(exported_model, tmp_path / "model.onnx")
+    return Predictor(tmp_path / "model.onnx")
 
 
 def body_of(request: bytes) -> tuple[str, bytes]:
@@ -26,25 +34,30 @@ def body_of(request: bytes) -> tuple[str, bytes]:
     return head.decode(), body
 
 
-def test_a_photo_is_sent_as_it_is(tiny_spec: PreprocessSpec) -> None:
-    head, body = body_of(request_for(SERVERS[OURS], "raw", JPEG, tiny_spec))
+def test_a_photo_is_sent_as_it_is(predictor: Predictor) -> None:
+    head, body = body_of(request_for(SERVERS[OURS], "raw", JPEG, predictor))
     assert head.startswith("POST /predict HTTP/1.1\r\n") and "Content-Type: image/jpeg" in head
     assert body == JPEG
 
 
-def test_a_form_has_the_photo_as_its_only_file(tiny_spec: PreprocessSpec) -> None:
-    head, body = body_of(request_for(SERVERS[FASTAPI], "multipart", JPEG, tiny_spec))
+def test_a_form_has_the_photo_as_its_only_file(predictor: Predictor) -> None:
+    head, body = body_of(request_for(SERVERS[FASTAPI], "multipart", JPEG, predictor))
     form = BytesParser().parsebytes(head.partition("\r\n")[2].encode() + b"\r\n\r\n" + body)
     _, part = form.walk()  # the form itself comes first
     assert part.get_payload(decode=True) == JPEG
     assert part.get_param("name", header="content-disposition") == "file"
 
 
-def test_a_tensor_has_the_pixels_that_the_model_takes(tiny_spec: PreprocessSpec) -> None:
-    head, body = body_of(request_for(SERVERS[MLFLOW], "tensor", JPEG, tiny_spec))
+def test_a_tensor_has_the_pixels_that_the_model_takes(predictor: Predictor, tmp_path: Path) -> None:
+    head, body = body_of(request_for(SERVERS[MLFLOW], "json", JPEG, predictor))
     assert head.startswith("POST /invocations ")
     with Image.open(io.BytesIO(JPEG)) as image:
-        assert np.array_equal(json.loads(body)["inputs"], np.asarray(image).transpose(2, 0, 1)[None])
+        pixels = np.asarray(image).transpose(2, 0, 1)[None]
+    assert np.array_equal(json.loads(body)["inputs"], pixels)
+    head, body = body_of(request_for(SERVERS[OURS], "json", JPEG, predictor))
+    assert head.startswith(f"POST /v2/models/{tmp_path.name}/infer ")
+    (tensor,) = json.loads(body)["inputs"]
+    assert np.array_equal(np.reshape(tensor["data"], tensor["shape"]), pixels)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +65,12 @@ def test_a_tensor_has_the_pixels_that_the_model_takes(tiny_spec: PreprocessSpec)
     [
         {"top_k": [{"label": "owl", "probability": 0.7}, {"label": "cat", "probability": 0.2}]},
         {"predictions": {"logits": [[0.1, 0.2, 3.0]], "probabilities": [[0.2, 0.1, 0.7]]}},
+        {
+            "outputs": [
+                {"name": "logits", "data": [0, 0, 3]},
+                {"name": "probabilities", "shape": [1, 3], "data": [0.2, 0.1, 0.7]},
+            ]
+        },
         {"predictions": [{"label": "owl", "top_k": [{"label": "owl", "probability": 0.7}]}]},
     ],
 )
@@ -103,7 +122,7 @@ def test_all_processes_of_a_server_are_ended(tmp_path: Path, monkeypatch: pytest
     # A parent that ends at SIGTERM and leaves a child behind, as LitServe does.
     program = tmp_path / "server.py"
     program.write_text(LEAKY)
-    leaky = servers.Server("json", f"{program} MODEL PORT", "/", ("raw",))
+    leaky = servers.Server("json", f"{program} MODEL PORT", {"raw": "/"})
     monkeypatch.setitem(SERVERS, "leaky", leaky)
     with serving("leaky", tmp_path / "pid", 0, b"GET / HTTP/1.1\r\n\r\n", tmp_path / "log") as server:
         child = int((tmp_path / "pid").read_text())
