@@ -21,6 +21,7 @@ from typing import Any
 Figures = dict[str, float]
 COLUMNS = 100_000_000  # samples of the synthetic index
 SAMPLES_A_SHARD = 5_000
+MODEL_SECONDS = 0.5  # for each figure of a model alone
 
 
 def cpu_seconds(*whose: int) -> float:
@@ -164,12 +165,11 @@ def measure_model(model: str, images: list[str]) -> Figures:
     session = Session(Path(model))
 
     def timed(work: Callable[[str], object]) -> float:
-        seconds = []
-        for _ in range(4):
-            for image in images:
-                begun = time.perf_counter()
-                work(image)
-                seconds.append(time.perf_counter() - begun)
+        seconds = list[float]()
+        while len(seconds) < 5 or sum(seconds) < MODEL_SECONDS:
+            begun = time.perf_counter()
+            work(images[len(seconds) % len(images)])
+            seconds.append(time.perf_counter() - begun)
         return statistics.median(seconds) * 1e3
 
     one = session.decode(images[0])[None]

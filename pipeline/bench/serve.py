@@ -9,20 +9,18 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.bench.load import Answer
 from pipeline.bench.measure import Figures, in_process
 from pipeline.bench.results import Benchmark, Target, median
-from pipeline.bench.served_models import SERVED
+from pipeline.bench.served_models import CASES, Case
 from pipeline.bench.servers import (
     FASTAPI,
     LITSERVE,
     MLFLOW,
     OURS,
     SERVERS,
-    Form,
     Running,
     ask_all,
     is_installed,
@@ -36,10 +34,8 @@ from pipeline.errors import ConfigError
 from pipeline.preprocess import decode_image
 from pipeline.serving.predictor import Predictor
 
-PARTS = tuple(SERVED)
+PARTS = tuple(CASES)
 PACKAGES = ("onnxruntime", "numpy", "pillow", "uvicorn", "fastapi", "litserve", "mlflow")
-CLIENTS = (1, 16, 64)
-SECONDS = 3.0  # of each measurement
 # Of a probability: a server may resize in another order, not see other pixels.
 MOST_ABS = 1e-3
 # Beside whom, with requests of which form, how many times as many requests a second.
@@ -50,27 +46,15 @@ ALONE = "model alone"
 Found = dict[str, list[Figures]]  # by row of a table: one a round
 
 
-@dataclass(frozen=True)
-class Material:
-    """A model, the images that it is asked about, and what it says of them."""
-
-    model: Path
-    images: list[Path]
-    predictor: Predictor
-
-    def requests(self, name: str, form: Form) -> list[bytes]:
-        """One request for each image, in a form that a server takes."""
-        return [request_for(SERVERS[name], form, path.read_bytes(), self.predictor) for path in self.images]
-
-    def require_right(self, image: Path, answer: Answer) -> None:
-        """Raise RuntimeError unless a server answers as the model does: one that does not, does other work."""
-        if answer.status != 200:
-            raise RuntimeError(f"answered {answer.status}: {answer.body[:200]!r}")
-        (row,) = self.predictor.probabilities([decode_image(image.read_bytes(), self.predictor.spec)])
-        label, probability = top_of(answer.body, self.predictor.class_names)
-        wanted = self.predictor.class_names[int(row.argmax())]
-        if label != wanted or abs(probability - float(row.max())) > MOST_ABS:
-            raise RuntimeError(f"says {label} {probability:.4f} of {image.name}, the model {wanted} {row.max():.4f}")
+def require_right(predictor: Predictor, image: Path, answer: Answer) -> None:
+    """Raise RuntimeError unless a server answers as the model does: one that does not, does other work."""
+    if answer.status != 200:
+        raise RuntimeError(f"answered {answer.status}: {answer.body[:200]!r}")
+    (row,) = predictor.probabilities([decode_image(image.read_bytes(), predictor.spec)])
+    label, probability = top_of(answer.body, predictor.class_names)
+    wanted = predictor.class_names[int(row.argmax())]
+    if label != wanted or abs(probability - float(row.max())) > MOST_ABS:
+        raise RuntimeError(f"says {label} {probability:.4f} of {image.name}, the model {wanted} {row.max():.4f}")
 
 
 def run_benchmark(out: Path, parts: list[str], rounds: int) -> Benchmark:
@@ -83,17 +67,16 @@ def run_benchmark(out: Path, parts: list[str], rounds: int) -> Benchmark:
         raise ConfigError("`bench serve` needs two cores, one for the server and one for its clients; here is one.")
     benchmark = Benchmark({}, [], {name: "not installed" for name in SERVERS if not is_installed(name)})
     for part in parts:
-        model, images = SERVED[part](out / part)
-        material = Material(model, images, Predictor(model))
+        case = CASES[part](out / part)
         alone: Found = {ALONE: []}
-        found: dict[int, Found] = {clients: {} for clients in CLIENTS}
+        found: dict[int, Found] = {clients: {} for clients in case.clients}
         for number in range(rounds):
             with pinned(cores[0]):
-                alone[ALONE].append(in_process("model", model=str(model), images=[str(path) for path in images]))
+                alone[ALONE].append(in_process("model", model=str(case.model), images=[str(path) for path in case.images]))
             for name in [name for name in SERVERS if name not in benchmark.left_out]:
                 say(f"{part}, round {number + 1} of {rounds}: {name}")
                 try:
-                    _measure_server(name, material, found, cores[0], cores[1])
+                    _measure_server(name, case, found, cores[0], cores[1])
                 except (RuntimeError, OSError) as error:
                     benchmark.left_out[name] = f"failed: {error}"
         add_verdicts(benchmark, part, alone, found)
@@ -101,19 +84,22 @@ def run_benchmark(out: Path, parts: list[str], rounds: int) -> Benchmark:
     return benchmark
 
 
-def _measure_server(name: str, material: Material, found: dict[int, Found], core: int, core_of_clients: int) -> None:
+def _measure_server(name: str, case: Case, found: dict[int, Found], core: int, core_of_clients: int) -> None:
     """One turn of a server: every form with every number of clients."""
-    folder = material.model.parent
-    requests = {form: material.requests(name, form) for form in SERVERS[name].urls}
+    folder, predictor = case.model.parent, Predictor(case.model)
+    requests = {
+        form: [request_for(SERVERS[name], form, path.read_bytes(), predictor) for path in case.images]
+        for form in SERVERS[name].urls
+    }
     first = next(iter(requests.values()))[0]
-    with serving(name, material.model, core, first, folder / f"{name}.log") as server:
+    with serving(name, case.model, core, first, folder / f"{name}.log") as server:
         for form, contents in requests.items():
-            for image, answer in zip(material.images, asyncio.run(ask_all(server.port, contents)), strict=True):
-                material.require_right(image, answer)
+            for image, answer in zip(case.images, asyncio.run(ask_all(server.port, contents)), strict=True):
+                require_right(predictor, image, answer)
             kept = _keep(contents, folder / f"{name}-{form}")
-            for clients in CLIENTS:
+            for clients in case.clients:
                 with pinned(core_of_clients):
-                    figures = _load(server, kept, clients)
+                    figures = _load(server, kept, clients, case.seconds)
                 found[clients].setdefault(f"{name}, {form}", []).append(figures)
 
 
@@ -125,9 +111,9 @@ def _keep(requests: list[bytes], folder: Path) -> Path:
     return folder
 
 
-def _load(server: Running, folder: Path, clients: int) -> Figures:
+def _load(server: Running, folder: Path, clients: int, seconds: float) -> Figures:
     """What the clients say, and what the server's processes spent: on a busy machine the fairer measure."""
-    wanted = json.dumps({"port": server.port, "folder": str(folder), "clients": clients, "seconds": SECONDS})
+    wanted = json.dumps({"port": server.port, "folder": str(folder), "clients": clients, "seconds": seconds})
     command = [sys.executable, "-m", "pipeline.bench.load", wanted]
     before = server.cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -146,12 +132,12 @@ def add_verdicts(benchmark: Benchmark, part: str, alone: Found, found: dict[int,
     if part != "digits":
         return
     for name, form, goal in GOALS:
-        for clients in CLIENTS[1:]:
-            ratio = _ratio(found[clients], f"{OURS}, {form}", f"{name}, {form}")
+        for clients, rows in list(found.items())[1:]:
+            ratio = _ratio(rows, f"{OURS}, {form}", f"{name}, {form}")
             if ratio is not None:
                 what = f"requests/s beside {name}, {clients} clients"
                 benchmark.targets.append(Target(what, ratio, f">= {goal} x", ratio >= goal))
-    ours = found[CLIENTS[0]].get(f"{OURS}, raw")
+    ours = found[1].get(f"{OURS}, raw")
     if ours:
         above = statistics.median(us["p50_ms"] - model["run_ms"] for us, model in zip(ours, alone[ALONE], strict=False))
         goal_ms = f"<= {MOST_MS_ABOVE_MODEL:.0f} ms"

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +24,17 @@ OPSET = 20
 SIDE_OF_DIGITS = 28  # pixels, as MNIST has them
 
 
-def digits(folder: Path) -> tuple[Path, list[Path]]:
+@dataclass(frozen=True)
+class Case:
+    """A model, the images that it is asked about, and how."""
+
+    model: Path
+    images: list[Path]
+    clients: tuple[int, ...]
+    seconds: float  # of each measurement
+
+
+def digits(folder: Path) -> Case:
     """The network of configs/digits.yaml, and digits as JPEGs of less than a kilobyte."""
     from sklearn.datasets import load_digits
 
@@ -34,16 +45,17 @@ def digits(folder: Path) -> tuple[Path, list[Path]]:
         picture.convert("RGB").save(content, "JPEG", quality=90)
         images.append(folder / "images" / f"{number:03d}.jpg")
         write_bytes(images[-1], content.getvalue())
-    return _make_model(folder, ModelConfig(channels=[32, 64, 128], convs_per_stage=2), side=16), images
+    model = _make_model(folder, ModelConfig(channels=[32, 64, 128], convs_per_stage=2), side=16)
+    return Case(model, images, clients=(1, 16, 64), seconds=3.0)
 
 
-def photos(folder: Path) -> tuple[Path, list[Path]]:
-    """ResNet-18 at 224 x 224 pixels, and photographs of 500 x 375, 71 KB each."""
+def photos(folder: Path) -> Case:
+    """ResNet-18 at 224 x 224 pixels, and photographs of 500 x 375, 71 KB each: 64 clients would wait for seconds."""
     images = sorted(make_images(folder / "images", NUM_IMAGES).rglob("*.jpg"))
-    return _make_model(folder, ModelConfig(name="resnet18"), side=224), images
+    return Case(_make_model(folder, ModelConfig(name="resnet18"), side=224), images, clients=(1, 16), seconds=10.0)
 
 
-SERVED: dict[str, Callable[[Path], tuple[Path, list[Path]]]] = {"digits": digits, "photos": photos}
+CASES: dict[str, Callable[[Path], Case]] = {"digits": digits, "photos": photos}
 
 
 def _make_model(folder: Path, config: ModelConfig, side: int) -> Path:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -7,8 +8,8 @@ import pytest
 from pipeline.bench import serve
 from pipeline.bench.load import Answer
 from pipeline.bench.results import Benchmark
-from pipeline.bench.serve import ALONE, Material, add_verdicts, run_benchmark
-from pipeline.bench.served_models import digits
+from pipeline.bench.serve import ALONE, add_verdicts, require_right, run_benchmark
+from pipeline.bench.served_models import CASES, digits
 from pipeline.bench.servers import FASTAPI, LITSERVE, MLFLOW, OURS
 from pipeline.errors import ConfigError
 from pipeline.serving.predictor import Predictor
@@ -24,9 +25,7 @@ def verdicts(ours: float, p50_ms: float) -> dict[str, bool]:
     rows = {f"{OURS}, multipart": figures(ours, p50_ms), f"{OURS}, raw": figures(ours, p50_ms)}
     others = {f"{FASTAPI}, multipart": figures(1_000), f"{LITSERVE}, multipart": figures(100)}
     benchmark = Benchmark({}, [], {})
-    add_verdicts(
-        benchmark, "digits", {ALONE: [{"run_ms": 0.25}] * 2}, {clients: {**rows, **others} for clients in serve.CLIENTS}
-    )
+    add_verdicts(benchmark, "digits", {ALONE: [{"run_ms": 0.25}] * 2}, {clients: {**rows, **others} for clients in (1, 16, 64)})
     return {target.what: target.met for target in benchmark.targets}
 
 
@@ -44,20 +43,20 @@ def test_a_verdict_is_passed_on_each_contender_that_was_there() -> None:
 
 
 def test_a_server_with_other_answers_is_no_contender(tmp_path: Path) -> None:
-    model, images = digits(tmp_path)
-    material = Material(model, images, Predictor(model))
-    answer = material.predictor.predict(images[0])
+    case = digits(tmp_path)
+    predictor, image = Predictor(case.model), case.images[0]
+    answer = predictor.predict(image)
 
     def said(label: str, probability: float, status: int = 200) -> Answer:
         return Answer(status, {}, json.dumps({"top_k": [{"label": label, "probability": probability}]}).encode())
 
-    material.require_right(images[0], said(answer.label, answer.probability))
+    require_right(predictor, image, said(answer.label, answer.probability))
     with pytest.raises(RuntimeError, match=r"of 000\.jpg, the model class-"):
-        material.require_right(images[0], said("class-99", answer.probability))
+        require_right(predictor, image, said("class-99", answer.probability))
     with pytest.raises(RuntimeError, match=r"of 000\.jpg, the model class-"):
-        material.require_right(images[0], said(answer.label, answer.probability + 0.01))
+        require_right(predictor, image, said(answer.label, answer.probability + 0.01))
     with pytest.raises(RuntimeError, match="answered 503"):
-        material.require_right(images[0], said(answer.label, answer.probability, 503))
+        require_right(predictor, image, said(answer.label, answer.probability, 503))
 
 
 def test_one_core_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +69,8 @@ def test_one_core_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_our_server_is_measured_beside_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fastapi")
     monkeypatch.setattr(serve, "is_installed", lambda name: name in (OURS, FASTAPI))
-    monkeypatch.setattr(serve, "SECONDS", 0.5)
+    quick = dataclasses.replace(digits(tmp_path / "digits"), seconds=0.5)
+    monkeypatch.setitem(CASES, "digits", lambda _: quick)
     benchmark = run_benchmark(tmp_path, ["digits"], rounds=1)
     assert benchmark.left_out == {LITSERVE: "not installed", MLFLOW: "not installed"}
     assert list(benchmark.figures) == ["digits", *(f"digits, clients: {clients}" for clients in (1, 16, 64))]
