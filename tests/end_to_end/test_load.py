@@ -19,7 +19,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from pipeline.files import sha256_of
+from pipeline.files import sha256_of, write_bytes
 from pipeline.golden import GOLDEN, GoldenVectors
 from pipeline.serving.predictor import Predictor
 from tests.hostile import attacks, encoded
@@ -28,6 +28,13 @@ from tests.processes import started, wait_until
 
 TIMEOUT_SECONDS = 2.0
 STOP_SECONDS = 15.0
+JPEG = encoded(Image.new("RGB", (8, 8)), "JPEG")
+# Of a good request while attackers send bombs, floods and noise, and models are loaded. Two cores carry the server, its
+# attackers and its clients; on an idle machine it is a third of this.
+MOST_P99_MS = {16: 300.0, 64: 900.0}
+# From the second to the last reload: what batches, buffers and caches need is there by then. A leak of 100 bytes a request
+# would add 6 MB, and a model that is not let go of 5 MB each.
+MOST_GROWTH = 0.1
 JPEG = encoded(Image.new("RGB", (8, 8)), "JPEG")
 # Of a good request while attackers send bombs, floods and noise. Two cores carry the server, 8 attackers and the clients, who
 # compare every probability; on an idle machine it is 35 and 140 ms, and a machine that has other work is given four times that.
@@ -109,10 +116,10 @@ def report_of(load: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
     return report
 
 
-def replace(export_dir: Path, sibling: Path) -> None:
-    """Put another model where the served one lies, as `shardline export` does: the model last."""
+def replace(export_dir: Path, other: Path) -> None:
+    """Put another model where the served one lies, as `shardline export` does: each file whole, the model last."""
     for name in (GOLDEN, "parity.json", "model.onnx"):
-        (sibling / name).replace(export_dir / name)
+        write_bytes(export_dir / name, (other / name).read_bytes())
 
 
 def memory_of(process: subprocess.Popen[bytes]) -> int:
@@ -134,53 +141,63 @@ def anonymous_bytes(pid: int) -> int:
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
 
 
-def require_all_right(report: dict[str, Any], num_models: int) -> None:
+def require_all_right(report: dict[str, Any]) -> None:
     """Nothing wrong, nothing lost, nothing left out."""
     assert report["failures"] == [], report["num_failures"]
     assert report["wrong_outcomes"] == []
     assert set(report["attacks"]) == {attack.name for attack in attacks("any", JPEG, side=8)}, "each came to its turn"
     assert min(report["answered"].values()) > 0 and len(report["answered"]) == 7, "every form was answered"
-    assert len(report["by_model"]) == num_models
+    assert len(report["by_model"]) == 2, "both models answered"
+
+
+@pytest.fixture
+def models(export_dir: Path, sibling: Path, tmp_path: Path) -> list[Path]:
+    """Copies of both exports."""
+    return [Path(shutil.copytree(folder, tmp_path / f"copy-of-{folder.name}")) for folder in (export_dir, sibling)]
+
+
+def plan_of(served: Served, models: list[Path], images: list[str], clients: int, seconds: float) -> Plan:
+    """Clients and attackers that know both models, and stop the server in the end."""
+    paths = [str(folder / "model.onnx") for folder in models]
+    return Plan(served.port, paths, images, clients, 8, seconds, TIMEOUT_SECONDS, stop=served.process.pid)
 
 
 def test_good_requests_are_answered_rightly_among_bad_ones_through_a_reload_and_a_stop(
-    export_dir: Path, sibling: Path, images: list[str]
+    export_dir: Path, models: list[Path], images: list[str]
 ) -> None:
-    models = [str(shutil.copyfile(folder / "model.onnx", folder.with_suffix(".onnx"))) for folder in (export_dir, sibling)]
+    seconds = 10.0
     with serving(export_dir / "model.onnx") as served:
-        seconds = 10.0
-        plan = Plan(served.port, models, images, 16, 8, seconds, TIMEOUT_SECONDS, stop=served.process.pid)
-        load = start_load(plan)
+        load = start_load(plan_of(served, models, images, 16, seconds))
         time.sleep(seconds / 2)
-        replace(export_dir, sibling)
+        replace(export_dir, models[1])
         report = report_of(load, seconds + 60)
-        begun = time.monotonic()
-        assert served.process.wait(timeout=STOP_SECONDS) in (0, 143)
-        assert time.monotonic() - begun < STOP_SECONDS
-    require_all_right(report, num_models=2)
+        assert served.process.wait(timeout=STOP_SECONDS) == 0
+    require_all_right(report)
     assert report["in_flight_at_stop"] > 0, "the stop came in the middle of nothing"
+    assert served.log.read_text().count("has taken the place of") == 1
     assert "Traceback" not in served.log.read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("clients", [16, 64])
-def test_memory_is_flat_and_answers_come_in_time(export_dir: Path, sibling: Path, images: list[str], clients: int) -> None:
-    models = [str(shutil.copyfile(folder / "model.onnx", folder.with_suffix(".onnx"))) for folder in (export_dir, sibling)]
-    with serving(export_dir / "model.onnx") as served:
-        seconds = 60.0
-        load = start_load(Plan(served.port, models, images, clients, 8, seconds, TIMEOUT_SECONDS, stop=served.process.pid))
-        begun, sizes = time.monotonic(), list[tuple[float, int]]()
-        while (passed := time.monotonic() - begun) < seconds - 2:
-            sizes.append((passed / seconds, memory_of(served.process)))
-            if passed > seconds / 2 and sibling.joinpath("model.onnx").exists():
-                replace(export_dir, sibling)
-            time.sleep(0.5)
+def test_memory_is_flat_and_answers_come_in_time(
+    export_dir: Path, models: list[Path], images: list[str], clients: int, workers: int
+) -> None:
+    seconds, reloads = 60.0, 10
+    with serving(export_dir / "model.onnx", f"--workers={workers}") as served:
+        load = start_load(plan_of(served, models, images, clients, seconds))
+        sizes = []
+        for number in range(1, reloads):
+            time.sleep(seconds / reloads)
+            sizes.append(memory_of(served.process))
+            replace(export_dir, models[number % 2])
         report = report_of(load, seconds + 60)
-        assert served.process.wait(timeout=STOP_SECONDS) in (0, 143)
-    require_all_right(report, num_models=2)
-    early = statistics.median(size for share, size in sizes if 0.15 < share < 0.25)
-    late = statistics.median(size for share, size in sizes if share > 0.9)
-    print(f"{clients} clients: p99 {report['p99_ms']:.0f} ms, memory {early / 1e6:.0f} to {late / 1e6:.0f} MB")
-    assert report["p99_ms"] <= MOST_P99_MS[clients]
-    assert late <= early * (1 + MOST_GROWTH)
+        assert served.process.wait(timeout=STOP_SECONDS) == 0
+    require_all_right(report)
+    said = f"p99 {report['p99_ms']:.0f} ms, memory {', '.join(f'{size / 1e6:.0f}' for size in sizes)} MB"
+    assert served.log.read_text().count("has taken the place of") >= reloads / 2
+    assert report["p99_ms"] <= MOST_P99_MS[clients], said
+    assert statistics.median(sizes[-3:]) <= statistics.median(sizes[1:4]) * (1 + MOST_GROWTH), said
+    print(said)

@@ -3,12 +3,13 @@
 import pytest
 
 from pipeline.serving import connection as module
-from pipeline.serving.connection import LINGER_SECONDS, MAX_PIPELINED
+from pipeline.serving.connection import FREE_PIECES, LINGER_SECONDS, MAX_PIPELINED, MIN_PIECE_BYTES
 from pipeline.serving.settings import BODIES_HELD, IDLE_SECONDS, MAX_HEAD_BYTES, MAX_HEADERS
-from tests.unit.serving.asking import answer_of, ask, feed, image_of, request
+from tests.unit.serving.asking import answer_of, ask, feed, image_of, noise, request
 from tests.unit.serving.conftest import SETTINGS, Server
 
 LIMIT = SETTINGS.max_body_bytes
+CHUNKED = b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def test_requests_on_one_connection_are_answered_one_after_the_other_in_their_order(server: Server) -> None:
@@ -32,6 +33,21 @@ def test_a_chunked_body_is_a_body(server: Server) -> None:
     head = request("/predict", headers={"Content-Length": "", "Transfer-Encoding": "chunked"})
     chunks = b"%x\r\n%b\r\n3\r\n%b\r\n0\r\nTrailer: x\r\n\r\n" % (len(image) - 3, image[:-3], image[-3:])
     assert ask(server, head + chunks)[0] == 200
+
+
+def test_a_body_in_many_chunks_is_a_body_unless_they_are_crumbs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FREE_PIECES", 2)
+    image = noise(0, size=(60, 60))
+
+    def in_chunks(size: int) -> bytes:
+        pieces = [image[place : place + size] for place in range(0, len(image), size)]
+        return CHUNKED.replace(b"Host: a", b"Host: a\r\nContent-Type: image/png") + b"".join(
+            b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""]
+        )
+
+    assert ask(server, in_chunks(MIN_PIECE_BYTES + 1))[0] == 200
+    status, answer = ask(server, in_chunks(MIN_PIECE_BYTES - 1))
+    assert (status, "pieces of less than 128 bytes" in answer["error"]) == (400, True)
 
 
 def test_every_answer_is_a_single_write(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +76,8 @@ def test_every_answer_is_a_single_write(server: Server, monkeypatch: pytest.Monk
         (request("/health", method="GET", headers={f"X{number}": "1" for number in range(MAX_HEADERS)}), 431),
         (b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (LIMIT + 1), 413),
         (b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999999\r\n\r\n", 400),
-        (b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % (LIMIT + 1) + b"x" * (LIMIT + 1), 413),
+        (CHUNKED + b"%x\r\n" % (LIMIT + 1) + b"x" * (LIMIT + 1), 413),
+        (CHUNKED + b"1\r\nx\r\n" * (FREE_PIECES + 1), 400),
         (b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n", 404),
     ],
 )
