@@ -12,7 +12,7 @@ import pipeline
 from pipeline.errors import ConfigError, ShardlineError, explain_os_error, nearest
 from pipeline.verbs.dataset import index, inspect, shard, verify
 from pipeline.verbs.machine import bench, doctor
-from pipeline.verbs.model import predict
+from pipeline.verbs.model import predict, serve
 from pipeline.verbs.parsing import summary_of
 from pipeline.verbs.run import check, evaluate, export, replay, train
 from pipeline.verbs.tracking import lineage, promote, sync, ui
@@ -85,6 +85,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "promote": promote,
     "lineage": lineage,
     "predict": predict,
+    "serve": serve,
     "doctor": doctor,
     "bench": bench,
 }

@@ -27,6 +27,8 @@ MAX_PIXELS = 100_000_000
 # Pillow gives the memory of each image back to the system and asks for it again, which costs a tenth of a decode; with a few
 # blocks kept (16 MB each, the documented PILLOW_BLOCKS_MAX) writing 500 x 375 JPEGs takes 1.33 ms of CPU instead of 1.52.
 Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
+# The limit is ours, and no warning: `read_header` raises. (A filter around each image would not hold where threads decode.)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 WHITE = (255, 255, 255)
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -42,6 +44,10 @@ PRESETS = {
     "inception": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
     "none": ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]),
 }
+
+
+class TooManyPixelsError(DataError):
+    """An image whose header announces more pixels than are decoded."""
 
 
 @dataclass(frozen=True)
@@ -132,19 +138,34 @@ def open_image(encoded: bytes, background: tuple[int, int, int]) -> Image.Image:
 
     Raises DataError with the reason when the bytes are no whole image of a known format.
     """
+    return finish_image(read_header(encoded), background)
+
+
+def read_header(encoded: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image whose header is read, and nothing decoded yet. Raises DataError as above."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours, below
-            image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image, background)
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except Exception as error:  # Pillow raises almost anything on corrupt bytes
+        raise _described(error) from error
+    if image.width * image.height > max_pixels:
+        raise TooManyPixelsError(f"{image.width} x {image.height} pixels are more than {max_pixels:,}")
+    return image
+
+
+def finish_image(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """What `open_image` makes of an image whose header was read."""
+    try:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image, background)
     except DataError:
         raise
-    except Exception as error:  # Pillow raises almost anything on corrupt bytes
-        raise DataError(str(error).split(" <_io")[0] or type(error).__name__) from error
+    except Exception as error:  # as above
+        raise _described(error) from error
+
+
+def _described(error: Exception) -> DataError:
+    return DataError(str(error).split(" <_io")[0] or type(error).__name__)
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -176,7 +197,12 @@ def decode_image(encoded: bytes, spec: PreprocessSpec) -> Pixels:
 
     Raises DataError with the reason when the image cannot be decoded.
     """
-    image = open_image(encoded, spec.background)
+    return finish_pixels(read_header(encoded), spec)
+
+
+def finish_pixels(image: Image.Image, spec: PreprocessSpec) -> Pixels:
+    """What `decode_image` makes of an image whose header was read."""
+    image = finish_image(image, spec.background)
     if spec.resize is not None:
         image = _resize(image, spec)
     if spec.crop is not None:

@@ -1,59 +1,26 @@
 """`shardline bench data`: our loader beside the others on the same images, interleaved in one run; table, plot and verdicts."""
 
-import dataclasses
-import platform
 import shutil
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.bench.contenders import CONTENDERS, is_installed
 from pipeline.bench.images import make_images
 from pipeline.bench.measure import Figures, in_process
+from pipeline.bench.results import Benchmark, Target, median
 from pipeline.config import DatasetConfig
 from pipeline.console import say
 from pipeline.data.writer import prepare_dataset
-from pipeline.errors import ConfigError, nearest
-from pipeline.files import write_json
 from pipeline.manifest import INDEX_ROW, DatasetManifest, ImageStats, IndexEntry, ShardEntry, SplitEntry
 
 PARTS = ("loader", "read", "open", "write")
 OURS = "shardline"
+PACKAGES = ("torch", "torchvision", "pillow", "numpy", "webdataset", "timm", "litdata", "mosaicml-streaming")
 SYNTHETIC_SAMPLES = 100_000_000
 SYNTHETIC_SHARDS = 20_000
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a figure should be, and is."""
-
-    what: str
-    value: float
-    goal: str
-    met: bool
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """All figures of a run: medians over the rounds, by part and contender; what was left out, and why."""
-
-    figures: dict[str, dict[str, Figures]]
-    targets: list[Target]
-    left_out: dict[str, str]
-
-
-def require_parts(parts: str) -> list[str]:
-    """The parts named in a comma list. Raises ConfigError for one that there is not."""
-    names = [name.strip() for name in parts.split(",") if name.strip()]
-    for name in names:
-        if name not in PARTS:
-            raise ConfigError(f"`--parts` names '{name}'.{nearest(name, PARTS) or ' Known: ' + ', '.join(PARTS) + '.'}")
-    return names
 
 
 def run_benchmark(out: Path, parts: list[str], num_images: int, num_workers: int, rounds: int) -> Benchmark:
@@ -71,17 +38,12 @@ def run_benchmark(out: Path, parts: list[str], num_images: int, num_workers: int
         _bench_open(benchmark, out)
     if "write" in parts:
         _bench_write(benchmark, out, folder, rounds)
-    write_json(out / "bench.json", {**dataclasses.asdict(benchmark), "machine": describe_machine()})
+    benchmark.write(out / "bench.json", PACKAGES)
     if "loader" in parts:
         from pipeline.bench.plot import draw
 
         draw(benchmark.figures["loader"], out / "bench.png")
     return benchmark
-
-
-def _median(rounds: Iterable[Figures]) -> Figures:
-    found = list(rounds)
-    return {name: statistics.median(figures[name] for figures in found) for name in found[0]}
 
 
 def _bench_loader(benchmark: Benchmark, out: Path, folder: Path, dataset: Path, num_workers: int, rounds: int) -> None:
@@ -102,7 +64,7 @@ def _bench_loader(benchmark: Benchmark, out: Path, folder: Path, dataset: Path, 
                 benchmark.left_out[name] = f"failed: {error}"
                 continue
             found.setdefault(name, []).append(figures)
-    benchmark.figures["loader"] = {name: _median(rounds) for name, rounds in found.items()}
+    benchmark.figures["loader"] = {name: median(rounds) for name, rounds in found.items()}
     for name, goal in (("webdataset + Pillow", 1.5), ("webdataset + torchvision", 1.2)):
         if {OURS, name} <= found.keys():
             pairs = zip(found[OURS], found[name], strict=False)
@@ -116,7 +78,7 @@ def _bench_read(benchmark: Benchmark, dataset: Path, rounds: int) -> None:
         for name, figures in found.items():
             one = in_process("read", name=name, dataset=str(dataset))
             figures.append({**one, "samples_a_second": one["samples"] / one["seconds"]})
-    benchmark.figures["read"] = {name: _median(figures) for name, figures in found.items()}
+    benchmark.figures["read"] = {name: median(figures) for name, figures in found.items()}
     pairs = zip(found[OURS], found["webdataset"], strict=True)
     ratio = statistics.median(us["samples_a_second"] / them["samples_a_second"] for us, them in pairs)
     benchmark.targets.append(Target("reading without decoding beside webdataset", ratio, ">= 3 x", ratio >= 3))
@@ -173,7 +135,7 @@ def _bench_write(benchmark: Benchmark, out: Path, folder: Path, rounds: int) -> 
             shutil.rmtree(target, ignore_errors=True)
             found[name].append(in_process("write", folder=str(folder), target=str(target), workers=workers, trust=trust))
             shutil.rmtree(target)
-    benchmark.figures["write"] = {name: _median(figures) for name, figures in found.items()}
+    benchmark.figures["write"] = {name: median(figures) for name, figures in found.items()}
 
     def ratio(name: str, figure: str, to: Callable[[Figures], float], of: str = "parts alone") -> float:
         return statistics.median(one[figure] / to(other) for one, other in zip(found[name], found[of], strict=True))
@@ -188,23 +150,3 @@ def _bench_write(benchmark: Benchmark, out: Path, folder: Path, rounds: int) -> 
             Target("writing with --trust and 2 workers beside tar + sha256", trusting, ">= 0.7 x", trusting >= 0.7),
         ]
     )
-
-
-def describe_machine() -> dict[str, Any]:
-    """Hardware and versions, for whoever reads the figures later."""
-    packages = ["torch", "torchvision", "pillow", "numpy", "webdataset", "timm", "litdata", "mosaicml-streaming"]
-    packages += ["onnxruntime", "openvino"]
-    models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(models),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

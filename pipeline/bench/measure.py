@@ -9,6 +9,7 @@ import io
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 Figures = dict[str, float]
 COLUMNS = 100_000_000  # samples of the synthetic index
 SAMPLES_A_SHARD = 5_000
+MODEL_SECONDS = 0.5  # for each figure of a model alone
 
 
 def cpu_seconds(*whose: int) -> float:
@@ -154,12 +156,38 @@ def measure_write(folder: str, target: str, workers: int, trust: bool) -> Figure
     return {"cpu_ms": (cpu_seconds() - cpu) / number * 1e3, "images_a_second": number / seconds, "images": number}
 
 
+def measure_model(model: str, images: list[str]) -> Figures:
+    """Milliseconds to decode one image and to run the network alone on one and on 16 of them, on one thread."""
+    import numpy as np
+
+    from pipeline.bench.session import Session
+
+    session = Session(Path(model))
+
+    def timed(work: Callable[[str], object]) -> float:
+        seconds = list[float]()
+        while len(seconds) < 5 or sum(seconds) < MODEL_SECONDS:
+            begun = time.perf_counter()
+            work(images[len(seconds) % len(images)])
+            seconds.append(time.perf_counter() - begun)
+        return statistics.median(seconds) * 1e3
+
+    one = session.decode(images[0])[None]
+    many = np.repeat(one, 16, axis=0)
+    return {
+        "decode_ms": timed(session.decode),
+        "run_ms": timed(lambda _: session.run(one)),
+        "run_16_ms": timed(lambda _: session.run(many)),
+    }
+
+
 MEASUREMENTS: dict[str, Callable[..., Figures]] = {
     "loader": measure_loader,
     "read": measure_read,
     "open": measure_open,
     "parts": measure_parts,
     "write": measure_write,
+    "model": measure_model,
 }
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.bench.data import describe_machine
 from pipeline.bench.plot import draw_models
+from pipeline.bench.results import describe_machine
 from pipeline.bench.runtimes import FORMS, Answer, Images, Runtime, runtimes
 from pipeline.config import Precision
 from pipeline.console import say
@@ -27,6 +27,7 @@ from pipeline.run import RUN_NAME
 from pipeline.serving.predictor import Predictor
 
 BATCHES = (1, 8, 32)
+PACKAGES = ("torch", "numpy", "onnxruntime", "openvino")
 SECONDS_A_TURN = 0.2
 BESIDE = "onnxruntime fp32"  # the published model as it is served
 FIGURES, PICTURE = Path("model.json"), Path("model.png")
@@ -65,7 +66,7 @@ def bench_model(path: Path, out: Path, rounds: int) -> ModelBenchmark:
     if not any(figures.contender == BESIDE for figures in benchmark.figures):
         raise ModelError(f"{benchmark.model}: {benchmark.left_out[BESIDE]}. `shardline verify` says more.")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / FIGURES, {**dataclasses.asdict(benchmark), "rounds": rounds, "machine": describe_machine()})
+    write_json(out / FIGURES, {**dataclasses.asdict(benchmark), "rounds": rounds, "machine": describe_machine(PACKAGES)})
     draw_models(benchmark.figures, out / PICTURE)
     return benchmark
 

@@ -40,15 +40,22 @@ class Prediction:
 
 
 class Predictor:
-    """A loaded model. Raises ModelError when the file is not a Shardline model."""
+    """A loaded model. Raises ModelError when the file is not a Shardline model.
 
-    def __init__(self, path: Path) -> None:
+    `threads` are those of a server's session, which must not spin between two requests; by default onnxruntime decides.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnxruntime  # 0.3 s that no --help should pay
 
         if not path.is_file():
             raise ModelError(f"{path}: no such model file. `shardline export` makes one.")
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self.session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=onnxruntime.get_available_providers())
         except Exception as error:  # onnxruntime has no common base for its errors
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"{path}: cannot be loaded as an ONNX model ({reason}).") from error
@@ -116,8 +123,12 @@ def verify_model(path: Path) -> dict[str, str]:
 
     Returns facts for people: classes, input, the training it came from.
     """
-    predictor = Predictor(path)
-    spec, metadata = predictor.spec, predictor.metadata
+    return prove(Predictor(path))
+
+
+def prove(predictor: Predictor) -> dict[str, str]:
+    """What `verify_model` does with a model that is loaded."""
+    path, spec, metadata = predictor.path, predictor.spec, predictor.metadata
     if spec.hash() != metadata.get("preprocess_hash"):
         raise ModelError(f"{path}: its preprocessing was changed after export: the hash differs. Export it again.")
     proof = "no parity.json beside it"

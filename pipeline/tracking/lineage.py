@@ -6,7 +6,6 @@ stands out alone. The data set itself is verified by the verb: reading shards be
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +16,7 @@ from pipeline.files import sha256_of
 from pipeline.run import RUN_NAME, RunRecord
 from pipeline.tracking.deliver import describe_trouble
 from pipeline.tracking.provenance import JOB_TAG
-from pipeline.tracking.registry import SHA256_TAG
+from pipeline.tracking.registry import SHA256_TAG, download_model, require_registered, version_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 State = Literal["verified", "not reachable", "BROKEN"]
 COLOURS: dict[State, str] = {"verified": "green", "not reachable": "yellow", "BROKEN": "red"}
 MODEL, PARITY = "export/model.onnx", "export/parity.json"
-REGISTERED = re.compile(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))")
 # What the metadata of the file, run.json and the version's tags say alike.
 FACTS = ("data_digest", "job_id", "checkpoint_sha256")
 
@@ -131,26 +129,11 @@ def find_chain(model: str, config: Config, client: "MlflowClient | None", troubl
 
 
 def _registered(model: str, client: "MlflowClient | None", trouble: str, folder: Path) -> Chain:
-    match = REGISTERED.fullmatch(model)
-    if match is None:
-        raise RunError(f"'{model}' names no version: write models:/NAME/VERSION or models:/NAME@ALIAS.")
+    require_registered(model)
     if client is None:
         raise RunError(f"{model}: {trouble}")
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    name, number, alias = match.groups()
-    try:
-        version = client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        raise RunError(
-            f"{model}: there is no such version at {client.tracking_uri}. Is it the right --tracking.uri?"
-        ) from error
-    mlflow.set_tracking_uri(client.tracking_uri)
-    local = mlflow.artifacts.download_artifacts(f"models:/{name}/{version.version}", dst_path=str(folder))
-    return Chain(Path(local) / "model.onnx", version, by_version=True)
+    version = version_of(client, model)
+    return Chain(download_model(client, version, folder), version, by_version=True)
 
 
 def _metadata_of(path: Path) -> dict[str, str]:

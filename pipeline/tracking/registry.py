@@ -4,12 +4,14 @@ A version is made by the process that delivers a run's journal, which may be kil
 between. So each step first looks for what an earlier try has left: one file of one run makes one version, whatever happens.
 """
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.console import say
+from pipeline.errors import RunError
 from pipeline.files import sha256_of
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION = "candidate", "champion"
 LOGGED_NAME = "onnx"
 SHA256_TAG = "onnx_sha256"
+# models:/NAME/VERSION or models:/NAME@ALIAS
+REGISTERED = re.compile(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))")
 
 
 def register_model(client: "MlflowClient", run_id: str, run_dir: Path, entry: dict[str, Any]) -> str | None:
@@ -176,6 +180,39 @@ def _move_candidate(client: "MlflowClient", version: "ModelVersion") -> None:
     now = alias_version(client, version.name, CANDIDATE)
     if now is None or int(now.version) < int(version.version):
         client.set_registered_model_alias(version.name, CANDIDATE, version.version)
+
+
+def require_registered(model: str) -> None:
+    """Refuse what is not the name of a registered model. Raises RunError."""
+    if REGISTERED.fullmatch(model) is None:
+        raise RunError(f"'{model}' names no version: write models:/NAME/VERSION or models:/NAME@ALIAS.")
+
+
+def version_of(client: "MlflowClient", model: str) -> "ModelVersion":
+    """The version that models:/NAME/VERSION or models:/NAME@ALIAS is now. Raises RunError where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    match = REGISTERED.fullmatch(model)
+    assert match is not None
+    name, number, alias = match.groups()
+    try:
+        return client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise RunError(
+            f"{model}: there is no such version at {client.tracking_uri}. Is it the right --tracking.uri?"
+        ) from error
+
+
+def download_model(client: "MlflowClient", version: "ModelVersion", folder: Path) -> Path:
+    """Bring the ONNX file of a version into `folder`, and return its path."""
+    import mlflow
+
+    # A database that is opened here, without a server, resolves `models:/` by the address of the process, not the client's.
+    mlflow.set_tracking_uri(client.tracking_uri)
+    local = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(folder))
+    return Path(local) / "model.onnx"
 
 
 def alias_version(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from pipeline.config import CREDENTIALS, Config, TrackingConfig, require_tracking_uri
+from pipeline.errors import RunError
 from pipeline.files import locked, publish, temporary_name, write_json
 from pipeline.tracking.journal import FOLDER
 
@@ -60,6 +61,13 @@ class Server:
             _make_database(Path(self.uri.removeprefix(SQLITE)))
         # Without the second word MLFLOW_REGISTRY_URI would send the models elsewhere.
         return MlflowClient(self.uri, self.uri)
+
+
+def client_of(server: Server) -> "MlflowClient":
+    """MLflow's client. Raises RunError where nothing was ever tracked, instead of making a database to ask in vain."""
+    if server.artifacts is not None and not Path(server.uri.removeprefix(SQLITE)).is_file():
+        raise RunError(f"{server.uri}: nothing was tracked there. Give --tracking.uri, or run `shardline train` first.")
+    return server.client()
 
 
 @dataclass

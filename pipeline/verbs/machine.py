@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from pipeline import distributed, launch
+from pipeline.bench.results import Benchmark, require_parts
 from pipeline.config import Config, parse_arguments, parse_config
 from pipeline.console import closing_box, show_table
 from pipeline.errors import ConfigError, RunError
@@ -41,20 +42,17 @@ def _doctor_together(config: Config, arguments: list[str], exit_dir: Path) -> in
 
 
 def bench(argv: list[str]) -> int:
-    """Measure the data stage, a training step, checkpoints, or an exported model beside others, on this machine."""
+    """Measure the data stage, a training step, checkpoints, a model or the server, beside others, on this machine."""
     parser = parser_of(bench, settings=False)
-    parser.add_argument("what", choices=["data", "step", "checkpoint", "model"], help="what to measure")
+    parser.add_argument("what", choices=["data", "step", "checkpoint", "model", "serve"], help="what to measure")
     parser.add_argument("path", nargs="?", help="for `model`: a run folder or model.onnx; default: runs/digits")
-    parser.add_argument("--parts", default="loader,read,open,write", help="loader, read, open, write")
+    parser.add_argument("--parts", default="", help="of data: loader, read, open, write; of serve: digits, photos; all of them")
     parser.add_argument("--num-images", type=int, default=4000, help="generated JPEGs to measure with")
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
     parser.add_argument("--steps", type=int, default=500, help="training steps of each turn")
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender has its turn")
     parser.add_argument("--out", default="bench", help="folder of the images, figures and picture")
     options = parse_arguments(parser, argv)
-    from pipeline.bench.data import require_parts, run_benchmark
-
-    parts = require_parts(options.parts)
     for name, least in (("num_images", 64), ("workers", 1), ("steps", 100), ("rounds", 1)):
         if options[name] < least:
             raise ConfigError(f"`--{name.replace('_', '-')}` is {options[name]}; it must be {least} or more.")
@@ -68,24 +66,33 @@ def bench(argv: list[str]) -> int:
 
         _show_figures("network", checkpoint_costs(out, options.rounds))
         _show_figures("training", start_seconds(out, options.rounds))
-        return 0
-    if options.what == "step":
+    elif options.what == "step":
         from pipeline.bench.step import step_costs
 
         _show_figures("trainer", step_costs(out, options.steps, options.rounds))
-        return 0
-    benchmark = run_benchmark(out, parts, options.num_images, options.workers, options.rounds)
+    elif options.what == "serve":
+        from pipeline.bench import serve
+
+        _show_benchmark(serve.run_benchmark(out, require_parts(options.parts, serve.PARTS), options.rounds), out)
+    else:
+        from pipeline.bench import data
+
+        parts = require_parts(options.parts, data.PARTS)
+        _show_benchmark(data.run_benchmark(out, parts, options.num_images, options.workers, options.rounds), out)
+    return 0
+
+
+def _show_benchmark(benchmark: Benchmark, out: Path) -> None:
     for part, contenders in benchmark.figures.items():
         _show_figures(part, contenders)
     targets = [[t.what, f"{t.value:.3g}", t.goal, "met" if t.met else "missed"] for t in benchmark.targets]
     show_table(["target", "value", "goal", "verdict"], targets)
     facts = {"figures": str(out / "bench.json")}
-    if "loader" in parts:
+    if "loader" in benchmark.figures:
         facts["picture"] = str(out / "bench.png")
     for name, why in benchmark.left_out.items():
         facts[f"without {name}"] = why
     closing_box("measured", facts)
-    return 0
 
 
 def _bench_model(path: Path, out: Path, rounds: int) -> int:

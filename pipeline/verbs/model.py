@@ -1,14 +1,18 @@
-"""`predict`: the verb of an exported model alone, where no torch is installed."""
+"""`predict` and `serve`: the verbs of an exported model alone, where no torch is installed."""
 
+import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import parse_arguments
-from pipeline.errors import DataError
+from pipeline.config import Config, parse_arguments, parse_config
+from pipeline.errors import DataError, ModelError
 from pipeline.verbs.parsing import parser_of
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
+
+MODEL_NAME = "model.onnx"
 
 
 def predict(argv: list[str]) -> int:
@@ -58,3 +62,49 @@ def _show_predictions(rows: list[dict[str, Any]], options: "Namespace") -> None:
             table.add_row(row["image"], ", ".join(labels) or "(none)", shown)
     if table.row_count:
         Console().print(table)
+
+
+def serve(argv: list[str]) -> int:
+    """Answer requests for predictions over HTTP with an exported or registered model; needs no torch."""
+    from pipeline.serving.settings import ServeSettings
+
+    parser = parser_of(serve, positional="[MODEL] ")
+    parser.add_argument(
+        "served",
+        nargs="?",
+        metavar="MODEL",
+        help="model.onnx, its folder, RUN, or models:/NAME@ALIAS; default: the run's export",
+    )
+    for item in dataclasses.fields(ServeSettings):
+        option = f"--{item.name.replace('_', '-')}"
+        if isinstance(item.default, bool):
+            parser.add_argument(option, action="store_true", help=item.metadata["help"])
+        else:
+            parser.add_argument(option, type=type(item.default), default=item.default, help=item.metadata["help"])
+    config, options = parse_config(parser, argv)
+    settings = ServeSettings(**{item.name: getattr(options, item.name) for item in dataclasses.fields(ServeSettings)})
+    from pipeline.serving.supervisor import serve as serve_model
+
+    if options.served is not None and options.served.startswith("models:"):
+        return serve_model(settings, None, _following(options.served, config, settings.poll_seconds))
+    return serve_model(settings, _model_path(options.served, config), [])
+
+
+def _model_path(model: str | None, config: Config) -> Path:
+    """The file that a path names: itself, or the one in an export folder or a run. Raises ModelError where there is none."""
+    path = config.run_dir if model is None else Path(model)
+    candidates = [path / "export" / MODEL_NAME, path / MODEL_NAME] if path.is_dir() or model is None else [path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise ModelError(f"{candidates[-1] if model else candidates[0]}: no such model file. `shardline export` makes one.")
+
+
+def _following(model: str, config: Config, poll_seconds: float) -> list[str]:
+    """The command that keeps a pointer to a registered model. Raises RunError for what names none."""
+    from pipeline.tracking.registry import require_registered
+    from pipeline.tracking.server import server_of
+
+    require_registered(model)
+    server = server_of(config).arguments()
+    return [sys.executable, "-m", "pipeline.tracking.follow", *server, model, str(poll_seconds)]

@@ -106,12 +106,12 @@ def lineage(argv: list[str]) -> int:
 
     from pipeline.console import show_marked
     from pipeline.tracking.lineage import COLOURS, check_links, find_chain, first_broken
-    from pipeline.tracking.server import server_of
+    from pipeline.tracking.server import client_of, server_of
 
     with tempfile.TemporaryDirectory() as folder:
         server = server_of(config)
         try:
-            client, trouble = _client_of(server), ""
+            client, trouble = client_of(server), ""
         except RunError as error:
             client, trouble = None, str(error)
         chain = _guarded(server, lambda: find_chain(options.exported, config, client, trouble, Path(folder)))
@@ -151,15 +151,10 @@ def _dataset_link(run_dir: Path | None, digest: str, config: Config) -> "Link":
     return link
 
 
-def _client_of(server: "Server") -> "MlflowClient":
-    """MLflow's client. Raises RunError where nothing was ever tracked, instead of making a database to ask in vain."""
-    if server.artifacts is not None and not Path(server.uri.removeprefix("sqlite:///")).is_file():
-        raise RunError(f"{server.uri}: nothing was tracked there. Give --tracking.uri, or run `shardline train` first.")
-    return server.client()
-
-
 def _asking(server: "Server", ask: Callable[["MlflowClient"], Answer]) -> Answer:
-    return _guarded(server, lambda: ask(_client_of(server)))
+    from pipeline.tracking.server import client_of
+
+    return _guarded(server, lambda: ask(client_of(server)))
 
 
 def _guarded(server: "Server", ask: Callable[[], Answer]) -> Answer:

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.bench.data import make_synthetic, require_parts, run_benchmark
+from pipeline.bench.data import make_synthetic, run_benchmark
 from pipeline.bench.images import HEIGHT, WIDTH, make_images
 from pipeline.bench.measure import measure_open
 from pipeline.bench.plot import draw
-from pipeline.errors import ConfigError
 
 
 def test_the_images_are_the_same_everywhere_and_as_large_as_told(tmp_path: Path) -> None:
@@ -20,12 +19,6 @@ def test_the_images_are_the_same_everywhere_and_as_large_as_told(tmp_path: Path)
         assert image.size == (WIDTH, HEIGHT)
     # 71 KB is the mean of thousands; 20 of them are off by a few.
     assert np.mean([path.stat().st_size for path in paths[0]]) == pytest.approx(71_000, rel=0.1)
-
-
-def test_parts_are_checked_before_anything_is_measured() -> None:
-    assert require_parts("loader, read") == ["loader", "read"]
-    with pytest.raises(ConfigError, match="`--parts` names 'laoder'. Did you mean 'loader'".replace(".", r"\.")):
-        require_parts("read,laoder")
 
 
 def test_reading_is_measured_and_judged(tmp_path: Path) -> None:
