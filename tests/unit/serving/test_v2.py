@@ -150,5 +150,8 @@ def test_metadata_and_readiness_are_of_this_model_alone(server: Server, path: st
 def test_the_metadata_name_the_tensors(server: Server) -> None:
     _, answer = ask(server, request("/v2/models/colours", method="GET"))
     assert answer["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, 3, 16, 16]}]
-    assert [(output["name"], output["shape"]) for output in answer["outputs"]] == [("logits", [-1, 3]), ("probabilities", [-1, 3])]
+    assert [(output["name"], output["shape"]) for output in answer["outputs"]] == [
+        ("logits", [-1, 3]),
+        ("probabilities", [-1, 3]),
+    ]
     assert ask(server, request("/v2/models/others/infer", b"{}", kind="application/json"))[0] == 404
