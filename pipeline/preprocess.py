@@ -145,6 +145,8 @@ def read_header(encoded: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Ima
     """An image whose header is read, and nothing decoded yet. Raises DataError as above."""
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except Image.DecompressionBombError as error:  # far beyond
+        raise TooManyPixelsError(str(error).partition(",")[0]) from error
     except Exception as error:  # Pillow raises almost anything on corrupt bytes
         raise _described(error) from error
     if image.width * image.height > max_pixels:

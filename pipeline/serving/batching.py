@@ -2,7 +2,9 @@
 
 One hop from the event loop to that thread and one back is all that a batch costs. While a batch runs, the next requests queue
 up; that alone makes batches, and a request never waits for others that might come. (Waiting for the clients of the batch
-before, which are about to ask again, saved a tenth of the CPU time at best, and lost more throughput where they were slow.) A batch takes what waits until it is full, or until decoding it has taken `batch_delay_ms`: what is dear to decode gains nothing
+before, which are about to ask again, saved a tenth of the CPU time at best, and lost more throughput where they were slow.)
+
+A batch takes what waits until it is full, or until decoding it has taken `batch_delay_ms`: what is dear to decode gains little
 from a batch, and its first image should not wait for the last.
 
 A large image is decoded in a pool, and queues up again: it takes a tenth of a second or more, and small ones pass it meanwhile.

@@ -14,6 +14,7 @@ import contextlib
 import email.utils
 import http
 import math
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -150,11 +151,20 @@ class Connection(asyncio.Protocol):
                 raise error.__context__ or error from None
             self._refuse_unread(RefusedError(400, f"the request is not HTTP ({error})."))
             return
+        if self.incoming is not None:
+            self._ask_for_more()
         if self.is_in_head and not self.is_deaf:
             # The parser keeps a header that does not end, and says nothing of it.
             self.num_head_bytes += len(data)
             if self.num_head_bytes > MAX_HEAD_BYTES:
                 self._refuse_unread(_long_head())
+
+    def _ask_for_more(self) -> None:
+        """Acknowledge a part of a request at once: many a client holds back its body until its head is acknowledged."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None and hasattr(socket, "TCP_QUICKACK"):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def eof_received(self) -> bool:
         """The client sends nothing more; it may still wait for its answer."""

@@ -48,7 +48,8 @@ def serve(settings: ServeSettings, model: Path | None, follow: list[str]) -> int
                 return code
             source = ModelSource(follower.folder / POINTER, is_pointer=True)
         board = Board(settings.workers)
-        post = Post(settings, source, sock.fileno(), board.descriptor, _address_of(sock))
+        address = _address_of(sock)
+        post = Post(settings, source, sock.detach(), board.descriptor, address)
         return work(post) if settings.workers == 1 else _Supervisor(post, board).run()
 
 
@@ -208,6 +209,7 @@ class _Supervisor:
         )
 
     def _end_all(self) -> None:
+        os.close(self.post.listening)  # or it would go on taking connections that nobody answers
         processes = [place.process for place in self.places if place.process is not None]
         for process in processes:
             process.terminate()

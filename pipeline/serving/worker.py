@@ -87,7 +87,8 @@ class _Worker:
         batcher = Batcher(self.settings, self.board, loop)
         app = App(self.settings, self.board, batcher)
         listener = Listener(self.settings, app)
-        sock = socket.socket(fileno=os.dup(self.post.listening))
+        # From here on it is this worker's own: it is closed with the server, and who connects afterwards is refused.
+        sock = socket.socket(fileno=self.post.listening)
         server = await loop.create_server(lambda: Connection(listener), sock=sock, backlog=BACKLOG)
         tasks = [asyncio.create_task(self._sweep(listener, batcher))]
         try:

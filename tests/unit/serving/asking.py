@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.unit.serving.conftest import Connection, Server, Wire
+from pipeline.serving.connection import Connection
+from tests.unit.serving.conftest import Server, Wire
 
 
 def image_of(colour: tuple[int, int, int] = (220, 40, 30), size: tuple[int, int] = (16, 16), form: str = "PNG") -> bytes:
