@@ -72,6 +72,7 @@ class Job:
         self.finish, self.refuse = finish, refuse
         self.entries = [_entry(self, place, part) for place, part in enumerate(parts)]
         self.answers: dict[int, Answers] = {}  # by the places of the parts
+        self.model: ServedModel | None = None  # that answers all of it, also when another takes its place meanwhile
         self.is_over = False
 
     @property
@@ -133,7 +134,7 @@ class Batcher:
 
     def __init__(self, settings: ServeSettings, board: Board, loop: asyncio.AbstractEventLoop) -> None:
         self.settings, self.board, self.loop = settings, board, loop
-        self.model: ServedModel | None = None  # swapped between two batches
+        self.model: ServedModel | None = None  # of the jobs that are taken from now on
         self.num_waiting = 0  # images that were taken and not answered; only the event loop changes it
         self.seconds_an_image = 0.0
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
@@ -150,6 +151,7 @@ class Batcher:
             again = (("retry-after", str(max(1, math.ceil(expected_seconds)))),)
             raise RefusedError(429, f"{self.num_waiting} images wait already; try again later.", again)
         self.num_waiting += number
+        job.model = self.model
         for entry in job.entries:
             self._queue.put(entry)
 
@@ -172,11 +174,12 @@ class Batcher:
         self._left_over = None
         if entry is None:
             return None
-        assert self.model is not None
-        batch = Batch(self.model, time.monotonic())
+        assert entry.job.model is not None
+        batch = Batch(entry.job.model, time.monotonic())
         stop_at = batch.began + self.settings.batch_delay_ms / 1000
         while True:
-            if batch.num_images + entry.num_images > self.settings.max_batch and batch.entries:
+            is_too_large = batch.num_images + entry.num_images > self.settings.max_batch and batch.entries
+            if is_too_large or entry.job.model is not batch.model:
                 self._left_over = entry
                 return batch
             if self._prepare(entry, batch.model):

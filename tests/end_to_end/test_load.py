@@ -143,8 +143,8 @@ def anonymous_bytes(pid: int) -> int:
 
 def require_all_right(report: dict[str, Any]) -> None:
     """Nothing wrong, nothing lost, nothing left out."""
-    assert report["failures"] == [], report["num_failures"]
-    assert report["wrong_outcomes"] == []
+    assert report["num_failures"] == 0, "\n".join(report["failures"])
+    assert report["wrong_outcomes"] == [], "\n".join(report["wrong_outcomes"])
     assert set(report["attacks"]) == {attack.name for attack in attacks("any", JPEG, side=8)}, "each came to its turn"
     assert min(report["answered"].values()) > 0 and len(report["answered"]) == 7, "every form was answered"
     assert len(report["by_model"]) == 2, "both models answered"
