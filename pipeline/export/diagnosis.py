@@ -32,6 +32,8 @@ def explain(network: nn.Module, evidence: Evidence, tolerance: float) -> str:
     wanted, found = evidence.wanted["logits"], evidence.found["logits"]
     if found.shape != wanted.shape:
         return f"it gives {found.shape[-1]} logits an image, not {wanted.shape[-1]}"
+    if not np.isfinite(wanted).all():
+        return "the trained network itself gives answers that are no numbers"
     if not all(np.isfinite(answers).all() for answers in evidence.found.values()):
         return "it gives answers that are no numbers: an overflow, as in float16, which ends at 65,504"
     if max_abs(evidence.again, evidence.found) > REPEATED * (1 + float(np.abs(found).max())):

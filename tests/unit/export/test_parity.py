@@ -141,10 +141,11 @@ def test_a_network_whose_own_answers_are_no_numbers_is_refused(
     broken = copy.deepcopy(tiny_network)
     with torch.no_grad():
         broken.get_parameter("classifier.2.weight")[0] = float("nan")
-    assert not ask(broken, model, dataset).passed
+    assert ask(broken, model, dataset).reason == "the trained network itself gives answers that are no numbers"
     last = sabotage.weight_of(model, sabotage.node_of(model, "logits"))
     sabotage.change_weight(last, lambda weight: np.concatenate([weight[:1] * np.nan, weight[1:]]))
-    assert not ask(broken, model, dataset).passed, "both say nothing"
+    alike = ask(broken, model, dataset)
+    assert (alike.passed, alike.reason) == (False, "the trained network itself gives answers that are no numbers")
 
 
 def test_what_is_allowed_follows_from_the_arithmetic_and_is_said(
@@ -192,6 +193,7 @@ def test_another_class_fails_however_wide_the_tolerance(
     parity = compare(tiny_network, THREE_CLASSES, model.SerializeToString(), "s" * 64, dataset, wide)
     assert all(case.max_abs <= case.tolerance for case in parity.cases)
     assert parity.top1_agreement == 0.0, "the most probable class became the least"
+    assert parity.reason == "it gives another answer to 100.00% of the images"
     assert not parity.passed
 
 
