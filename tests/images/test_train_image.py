@@ -40,6 +40,7 @@ def mounts() -> list[str]:
         if HEAVY.fullmatch(re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower())
         for file in package.files or []
     }
+    names -= {".."}  # programs, which lie elsewhere
     found = [f"--volume={site / name}:/heavy/{name}:ro" for name in sorted(names) if (site / name).is_dir()]
     return [*found, "--env=PYTHONPATH=/heavy"]
 
@@ -50,9 +51,8 @@ def test_it_can_reach_gpus_and_fast_networks(engine: Engine, image: str) -> None
     with engine.files_of(image) as root:
         assert list(root.glob("usr/lib/*/libibverbs.so.1")), "NCCL would take TCP"
         assert (root / "usr/bin/g++").exists(), "torch.compile has no compiler"
-        assert not list(root.glob("var/lib/apt/lists/*"))
-        assert not list(root.glob("root/.cache/*"))
-        assert not list(root.glob("build/*"))
+        left = ("var/lib/apt/lists", "root/.cache", "build", "tmp")
+        assert not [path for name in left for path in root.glob(f"{name}/**/*") if not path.is_dir()]
 
 
 def test_it_has_no_tools_of_development(engine: Engine, image: str) -> None:
@@ -81,7 +81,8 @@ def test_the_command_of_the_kubernetes_job_trains_as_any_user(engine: Engine, im
         f"--volume={work}:/work", f"--volume={chain}:/etc/shardline:ro", *(f"--env={k}={v}" for k, v in values.items()),
     ]  # fmt: skip
     quick = ["--trainer.max_epochs=1", "--check.skip=[overfit]"]
-    done = engine.contained(image, *arguments, *quick, options=tuple(options), seconds=900)
+    locked_down = ["--cap-drop=all", "--security-opt=no-new-privileges"]
+    done = engine.run("podman", "run", "--rm", *locked_down, *options, image, *arguments, *quick, seconds=900)
     assert (work / "runs/digits/export/model.onnx").is_file(), done.stdout + done.stderr
     assert (work / "runs/digits/export/model.onnx").stat().st_uid == 4242
     assert "Traceback" not in done.stderr
