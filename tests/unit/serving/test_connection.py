@@ -82,11 +82,8 @@ def test_every_answer_is_a_single_write(server: Server, monkeypatch: pytest.Monk
         (request("/health", method="GET", headers={f"X{number}": "1" for number in range(MAX_HEADERS)}), 431),
         (b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (LIMIT + 1), 413),
         (b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999999\r\n\r\n", 400),
-from pipeline.serving.batching import Job
-from pipeline.serving.connection import FREE_PIECES, LINGER_SECONDS, MAX_PIPELINED, MIN_PIECE_BYTES
-from pipeline.serving.settings import BODIES_HELD, IDLE_SECONDS, MAX_HEAD_BYTES, MAX_HEADERS
-from tests.unit.serving.asking import answer_of, ask, feed, image_of, noise, request
-from tests.unit.serving.conftest import SETTINGS, Server, Wire
+        (CHUNKED + b"%x\r\n" % (LIMIT + 1) + b"x" * (LIMIT + 1), 413),
+        (CHUNKED + b"1\r\nx\r\n" * (FREE_PIECES + 1), 400),
         (b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n", 404),
     ],
 )
