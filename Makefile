@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup data check train evaluate export web doctor slurm k8s ui lint format test test-cluster test-images bench
+.PHONY: help setup data check train evaluate export web serve doctor slurm k8s ui lint format test test-cluster test-images bench
 .PHONY: package images lock licenses clean
 
 CONFIG ?= configs/digits.yaml
@@ -11,6 +11,7 @@ VENV ?= .venv
 # Where to take torch from instead of the lock file, for example https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 UI_PORT ?= 5000
+SERVE_PORT ?= 8000
 # For `make slurm`: machines, GPUs on each (nothing: the CPUs), VERBS if not the whole chain, more options of sbatch
 NODES ?= 1
 GPUS ?=
@@ -96,6 +97,9 @@ $(VENDOR)/.$(ONNXRUNTIME_WEB):
 	install -m 644 "$$folder/package/dist/ort-wasm-simd-threaded.wasm" $(VENDOR)/; \
 	install -m 644 "$$folder/package/dist/ort.wasm.bundle.min.mjs" $(VENDOR)/ort.wasm.bundle.min.js  # some servers know no .mjs
 	@touch $@
+
+serve: $(READY) ## the exported model answers over HTTP, with a page to drop photos on: SERVE_PORT=8000
+	$(SHARDLINE) serve --port $(SERVE_PORT) $(SETTINGS)
 
 doctor: $(READY) ## what a long job would trip over, on this machine
 	$(SHARDLINE) doctor $(SETTINGS)

@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.name is None or error.name.startswith("pipeline"):
             raise
         needed = f"`{arguments[0]}` needs the package {error.name}, which is not installed here"
+        if arguments[0] == "serve":
+            return _fail(ConfigError(f"{needed}: pip install 'shardline[serve]'."))
         return _fail(ConfigError(f"{needed}: pip install 'shardline[train]'. (`predict` and `verify MODEL` do without.)"))
     except BrokenPipeError:
         # Whoever read our output has seen enough (`| head`); what Python flushes at exit has nowhere to go.

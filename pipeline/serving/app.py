@@ -231,6 +231,10 @@ class App:
             request.respond(refusal.response())
 
     def _infer_read(self, request: Request, found: "v2.Inference") -> None:
+        height, width = self.model.size
+        if found.images.shape[2:] != (height, width):
+            raise RefusedError(422, f"the model was just replaced by one that takes {height} x {width} pixels.")
+
         def finish(model: ServedModel, answers: Answers) -> None:
             request.respond(v2.infer_response(model, answers, found))
 

@@ -56,7 +56,6 @@ class Entry:
     upload: Upload | None = None
     block: Block | None = None
     pixels: Pixels | None = None  # (H, W, 3), where it was decoded in the pool
-    decoded_for: PreprocessSpec | None = None
     failure: RefusedError | None = None
 
 
@@ -199,16 +198,14 @@ class Batcher:
     def _prepare(self, entry: Entry, model: ServedModel) -> bool:
         """Decode an entry, or note why not. False where the pool does it, and it will queue up again."""
         spec, upload = model.predictor.spec, entry.upload
-        if entry.failure is not None or upload is None or entry.job.is_over:
-            return True
-        if entry.pixels is not None and entry.decoded_for == spec:
+        if entry.failure is not None or entry.pixels is not None or upload is None or entry.job.is_over:
             return True
         try:
             image = read_header(upload.encoded, self.settings.max_pixels)
             if image.width * image.height > LARGE_PIXELS:
                 self._pool.submit(self._decode_large, entry, upload.name, image, spec)
                 return False
-            entry.pixels, entry.decoded_for = finish_pixels(image, spec), spec
+            entry.pixels = finish_pixels(image, spec)
         except Exception as error:  # one image must not stop the thread for all others
             entry.failure = _refusal_of(upload.name, error)
         return True
@@ -216,7 +213,7 @@ class Batcher:
     def _decode_large(self, entry: Entry, name: str, image: Image.Image, spec: PreprocessSpec) -> None:
         try:
             if not entry.job.is_over:
-                entry.pixels, entry.decoded_for = finish_pixels(image, spec), spec
+                entry.pixels = finish_pixels(image, spec)
         except Exception as error:  # as above
             entry.failure = _refusal_of(name, error)
         finally:
@@ -224,7 +221,7 @@ class Batcher:
 
     def _answer(self, batch: "Batch") -> None:
         """Run the model and hand the answers to the event loop."""
-        good = [entry for entry in batch.entries if _fits(entry, batch.model)]
+        good = [entry for entry in batch.entries if _is_good(entry)]
         answers: Answers | None = None
         try:
             if good:
@@ -256,15 +253,10 @@ class Batcher:
             entry.job.put(entry, part, batch.model, is_finite=is_finite)
 
 
-def _fits(entry: Entry, model: ServedModel) -> bool:
-    """Whether an entry can go through the model; a block of pixels may have been meant for the model before."""
-    if entry.failure is not None or entry.job.is_over or (entry.block is None and entry.pixels is None):
-        return False
-    block = entry.block
-    if block is not None and block.shape[2:] != model.size:
-        entry.failure = RefusedError(422, f"the model was replaced by one that takes {model.size[0]} x {model.size[1]} pixels.")
-        return False
-    return True
+def _is_good(entry: Entry) -> bool:
+    """Whether there are pixels, and somebody waits for what the model says of them."""
+    has_pixels = entry.block is not None or entry.pixels is not None
+    return has_pixels and entry.failure is None and not entry.job.is_over
 
 
 def _stacked(entries: list[Entry]) -> Block:

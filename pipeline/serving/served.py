@@ -90,18 +90,14 @@ class ServedModel:
             "class_names": self.class_names,
             "input": {"name": "image", "datatype": "UINT8", "shape": [-1, 3, height, width]},
             "preprocess": metadata["preprocess"],
-            "precision": metadata.get("precision", "fp32"),
-            "license": metadata.get("license", ""),
-            "metrics": _as_json(metadata.get("metrics", {})),
+            "precision": self.predictor.precision,
+            "license": self.predictor.license,
+            "metrics": self.predictor.metrics,
             "lineage": {name: metadata.get(name, "") for name in LINEAGE},
             "versions": metadata["versions"],
             "proof": self.facts.get("proof", ""),
             "replayed": self.facts.get("replayed", ""),
         }
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) and value else value
 
 
 def load_served(path: Path, name: str, version: str, threads: int, max_batch: int) -> ServedModel:

@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from tests import team as parts
-from tests.processes import shardline
+from tests.processes import shardline, started, wait_until
 from tests.team import SECRETS, Team, team_server
 
 pytestmark = [
@@ -153,6 +153,22 @@ def test_the_champion_is_loaded_by_name_in_a_fresh_process_and_answers(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(1, 10) 1.0"
+
+
+def test_a_reader_serves_the_champion(team: Team, trained: dict[str, str], tmp_path: Path) -> None:
+    account = {"MLFLOW_TRACKING_USERNAME": READER[0], "MLFLOW_TRACKING_PASSWORD": READER[1]}
+    arguments = ["serve", "models:/team@champion", f"--tracking.uri={team.url}", "--port=0"]
+    with started(*arguments, cwd=tmp_path, log=tmp_path / "log", **account) as process:
+        said = tmp_path / "log"
+        wait_until(lambda: "serving team 1 on http://" in said.read_text() or process.poll() is not None, "the server")
+        url = said.read_text().split(" on ")[1].strip()
+        assert requests.get(f"{url}/model", timeout=30).json()["proof"].startswith("top-1 agreement 1.0")
+        process.terminate()
+        assert process.wait(30) == 0
+    stranger = shardline(*arguments, cwd=tmp_path, MLFLOW_TRACKING_USERNAME="x", MLFLOW_TRACKING_PASSWORD="y")
+    assert stranger.returncode == 2
+    assert "asks for a name and a password" in stranger.stderr
+    assert READER[1] not in said.read_text()
 
 
 def test_no_secret_is_in_the_database_the_store_or_the_run_folder(team: Team, trained: dict[str, str], workspace: Path) -> None:

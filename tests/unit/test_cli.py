@@ -98,6 +98,20 @@ def test_an_error_is_one_line_and_its_exit_code(
     assert said.startswith(line)
 
 
+@pytest.mark.parametrize(("verb", "extra"), [("train", "train"), ("serve", "serve")])
+def test_a_missing_package_is_one_line_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, extra: str
+) -> None:
+    def missing(argv: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'uvloop'", name="uvloop")
+
+    monkeypatch.setitem(cli.VERBS, verb, missing)
+    assert main([verb]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    needed = f"`{verb}` needs the package uvloop, which is not installed here: pip install 'shardline[{extra}]'."
+    assert line.startswith(f"shardline: error: {needed}")
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), OSError(9, "Bad file descriptor")])
 def test_a_bug_keeps_its_traceback(failing: Callable[[BaseException], None], error: Exception) -> None:
     failing(error)

@@ -56,6 +56,9 @@ class Wire(asyncio.Transport):
     is_aborted: bool = False
     has_eof: bool = False
 
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
     def write(self, data: Any) -> None:
         self.written += data
 

@@ -223,30 +223,16 @@ def test_an_answer_that_is_not_finite_is_no_answer(desk: Desk, monkeypatch: pyte
     assert str(desk.wait(1)[0][1]) == "dark.png: the model has no finite answer to it."
 
 
-def test_pixels_for_a_model_that_was_replaced_meanwhile_are_refused(desk: Desk) -> None:
+def test_a_request_is_answered_by_the_model_that_was_there_when_it_came(desk: Desk, served: ServedModel) -> None:
     hold(desk)
-    desk.hand(1, np.zeros((1, 3, 8, 8), np.uint8))
+    desk.hand(1, BLOCK)
+    newer: Any = Counting(served)
+    desk.batcher.model = newer
+    desk.hand(2, BLOCK)
+    desk.hand(3, BLOCK)
     desk.model.may_run.set()
-    assert desk.wait(2)[1][1].status == 422
-
-
-def test_an_image_that_was_decoded_for_the_model_before_is_decoded_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "LARGE_PIXELS", 1000)
-    seen = list[Any]()
-
-    def noted(image: Image.Image, spec: Any) -> Any:
-        seen.append(spec)
-        return finish_pixels(image, spec)
-
-    monkeypatch.setattr(batching, "finish_pixels", noted)
-    hold(desk)
-    desk.hand(1, Upload("large.png", image_of(size=(40, 40))))
-    other = dataclasses.replace(desk.model.predictor.spec, interpolation="nearest")
-    predictor = type("Other", (), {"spec": other, "session": desk.model.predictor.session})()
-    desk.model.predictor = predictor
-    desk.model.may_run.set()
-    assert isinstance(desk.wait(2)[1][1], Answers)
-    assert seen[-1] == other
+    desk.wait(4)
+    assert (desk.model.sizes, newer.sizes) == ([1, 1], [2])
 
 
 def test_threads_end_with_the_batcher(served: ServedModel, loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.serving import v2
 from pipeline.serving.served import ServedModel
 from tests.unit.serving.asking import answer_of, ask, feed, request
 from tests.unit.serving.conftest import Server
@@ -64,6 +65,22 @@ def test_a_large_request_is_read_beside_the_event_loop(server: Server, monkeypat
     monkeypatch.setattr("pipeline.serving.app.SMALL_JSON_BYTES", 10)
     assert ask(server, as_json(inference()))[0] == 200
     assert ask(server, request(PATH, b"[" * 50_000, kind="application/json"))[0] == 400
+
+
+def test_pixels_for_a_model_that_was_replaced_while_they_were_read_are_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.serving.app.SMALL_JSON_BYTES", 10)
+    read_infer = v2.read_infer
+
+    def read_and_replace(*arguments: Any) -> v2.Inference:
+        found = read_infer(*arguments)
+        monkeypatch.setattr(ServedModel, "size", (8, 8))
+        return found
+
+    monkeypatch.setattr(v2, "read_infer", read_and_replace)
+    status, answer = ask(server, as_json(inference()))
+    assert (status, answer["error"]) == (422, "the model was just replaced by one that takes 8 x 8 pixels.")
 
 
 @pytest.mark.parametrize(
