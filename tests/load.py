@@ -223,7 +223,8 @@ class Load:
             except (OSError, AssertionError, LookupError, ValueError, TimeoutError) as error:
                 if isinstance(error, OSError) and self.stopped is not None and asked > self.stopped:
                     return  # it was sent to a server that had been told to end
-                self.tally.failures.append(f"{case.form}: {type(error).__name__}: {error}")
+                when = "" if self.stopped is None else f", asked {self.stopped - asked:.3f} s before the stop"
+                self.tally.failures.append(f"{case.form}: {type(error).__name__}: {error}{when}")
                 if connection is not None:
                     connection.close()
                 if self.stopped is not None:

@@ -136,6 +136,7 @@ class Batcher:
         self.model: ServedModel | None = None  # of the jobs that are taken from now on
         self.num_waiting = 0  # images that were taken and not answered; only the event loop changes it
         self.seconds_an_image = 0.0
+        self._recent_seconds = self._recent_images = 0.0
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._left_over: Entry | None = None
         self._pool = ThreadPoolExecutor(LARGE_AT_ONCE, thread_name_prefix="large-images")
@@ -229,7 +230,10 @@ class Batcher:
         except Exception:
             print(f"serve: the model failed on a batch of {len(good)}:\n{traceback.format_exc()}", flush=True)
         seconds = time.monotonic() - batch.began
-        self.seconds_an_image += 0.1 * (seconds / batch.num_images - self.seconds_an_image)
+        # Of about the last ten batches together: one image that a busy machine was slow with says little about those that wait.
+        self._recent_seconds = 0.9 * self._recent_seconds + seconds
+        self._recent_images = 0.9 * self._recent_images + batch.num_images
+        self.seconds_an_image = self._recent_seconds / self._recent_images
         self.loop.call_soon_threadsafe(self._deliver, batch, good, answers, seconds)
 
     # ---- on the event loop again ----

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,8 @@ class Reloader:
     def __init__(self, source: ModelSource, settings: ServeSettings, batcher: Batcher, board: Board, *, speaks: bool) -> None:
         self.source, self.settings, self.batcher, self.board, self.speaks = source, settings, batcher, board, speaks
         self.seen: Fingerprint | None = None
+        # One thread for all of them: the allocator keeps what each thread has once used, so ten would keep ten models' worth.
+        self.loader = ThreadPoolExecutor(1, thread_name_prefix="models")
 
     async def load_first(self) -> ServedModel:
         """The model to begin with. Raises ModelError."""
@@ -113,7 +116,7 @@ class Reloader:
         load = functools.partial(
             load_served, place.path, place.name, place.version, settings.session_threads, settings.max_batch
         )
-        return await asyncio.get_running_loop().run_in_executor(None, load)
+        return await asyncio.get_running_loop().run_in_executor(self.loader, load)
 
     def _say(self, line: str) -> None:
         if self.speaks:

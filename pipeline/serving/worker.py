@@ -132,7 +132,13 @@ class _Worker:
             self.board.show("resident_bytes", resident_bytes())
 
     async def _drain(self, server: asyncio.Server, listener: Listener) -> None:
+        # From now on each answer says that it is the last of its connection, so that clients leave it and not we them.
+        listener.is_draining = True
         await asyncio.sleep(GRACE_SECONDS)
+        # A busy machine may have slept through that: a timer is looked at before the sockets are. Each turn of the loop looks
+        # at them once: the first accepts the last connections, the next ones read what was sent on them.
+        for _ in range(4):
+            await asyncio.sleep(0)
         server.close()
         listener.drain()
         # Each has a deadline of its own: for its body, then for its answer.
