@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.cli import VERBS
 from tests.images.conftest import Engine, at_work, checkout
 from tests.mlflow_server import mlflow_server
 from tests.processes import shardline, wait_until
@@ -121,7 +120,6 @@ def test_what_is_missing_is_one_line(engine: Engine, image: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif("serve" not in VERBS, reason="there is no verb `serve` yet")
 def test_it_serves_is_healthy_and_ends_in_time(engine: Engine, image: str, work: Path, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     options = (f"--volume={work}:/work:ro", "--user=4242:0", "--name=serve")
@@ -133,7 +131,6 @@ def test_it_serves_is_healthy_and_ends_in_time(engine: Engine, image: str, work:
     assert prediction == pytest.approx(predicted(work), rel=0, abs=1e-5)
 
 
-@pytest.mark.skipif("serve" not in VERBS, reason="there is no verb `serve` yet")
 def test_it_serves_what_an_mlflow_server_has(engine: Engine, image: str, work: Path, workspace: Path, tmp_path: Path) -> None:
     shutil.copytree(workspace / "runs/digits", tmp_path / "runs/digits", symlinks=True)
     with mlflow_server(tmp_path / "server") as server:
@@ -146,7 +143,6 @@ def test_it_serves_what_an_mlflow_server_has(engine: Engine, image: str, work: P
     assert prediction == pytest.approx(predicted(work), rel=0, abs=1e-5)
 
 
-@pytest.mark.skipif("serve" not in VERBS, reason="there is no verb `serve` yet")
 def test_the_health_check_of_a_container_that_does_not_answer_fails(engine: Engine, image: str) -> None:
     command = engine.healthcheck(image)
     done = engine.contained(image, *command[1:], options=(f"--entrypoint={command[0]}", "--network=none"), check=False)
