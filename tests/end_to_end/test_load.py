@@ -35,13 +35,6 @@ MOST_P99_MS = {16: 300.0, 64: 900.0}
 # From the second to the last reload: what batches, buffers and caches need is there by then. A leak of 100 bytes a request
 # would add 6 MB, and a model that is not let go of 5 MB each.
 MOST_GROWTH = 0.1
-JPEG = encoded(Image.new("RGB", (8, 8)), "JPEG")
-# Of a good request while attackers send bombs, floods and noise. Two cores carry the server, 8 attackers and the clients, who
-# compare every probability; on an idle machine it is 35 and 140 ms, and a machine that has other work is given four times that.
-MOST_P99_MS = {16: 250.0, 64: 800.0}
-# Of the first tenth of a minute under load; what batches, buffers and caches need is there by then. A leak of 1 KB a request
-# would add 60 MB in the rest.
-MOST_GROWTH = 0.1
 
 
 @pytest.fixture

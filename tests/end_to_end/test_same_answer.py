@@ -32,6 +32,7 @@ from pipeline.task import task_of
 from pipeline.training.checkpoint import load_network_weights
 from tests.mlflow_server import free_port
 from tests.processes import shardline, wait_until
+from tests.serving import serving
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = Path("runs/digits")
@@ -137,10 +138,37 @@ def mlflow_answering(workspace: Path, script: str, port: int) -> Iterator[None]:
         process.wait(timeout=20)
 
 
+def serve(workspace: Path, photos: list[Path]) -> Answers:
+    """`shardline serve`, asked for all photos at once by a form."""
+    parts = [
+        f'--B\r\nContent-Disposition: form-data; name="f"; filename="{photo.name}"\r\n\r\n'.encode() + photo.read_bytes()
+        for photo in photos
+    ]
+    with serving(str(RUN), cwd=workspace, log=workspace / "serving.log") as server:
+        body = b"\r\n".join([*parts, b"--B--\r\n"])
+        status, answer = server.post("/predict?probabilities=1", body, "multipart/form-data; boundary=B")
+    assert status == 200, answer
+    return np.array([[*found["probabilities"].values()] for found in answer["predictions"]])
+
+
+def serve_v2(workspace: Path, photos: list[Path]) -> Answers:
+    """`shardline serve`, asked for pixels by a client of the Open Inference Protocol."""
+    client = pytest.importorskip("tritonclient.http")
+    spec = Predictor(workspace / MODEL).spec
+    pixels = np.stack([decode_image(photo.read_bytes(), spec).transpose(2, 0, 1) for photo in photos])  # (N, 3, H, W)
+    image = client.InferInput("image", list(pixels.shape), "UINT8")
+    image.set_data_from_numpy(pixels)
+    with serving(str(RUN), cwd=workspace, log=workspace / "serving.log") as server:
+        found = client.InferenceServerClient(server.url.removeprefix("http://")).infer(server.name, [image])
+    return np.asarray(found.as_numpy("probabilities"), dtype=np.float64)
+
+
 # Each is held against what the file says to onnxruntime, and so against all others.
 WAYS: dict[str, Ask] = {
     "torch": trained_network,
     "predict": predict,
+    "serve": serve,
+    "serve, V2": serve_v2,
     "openvino": openvino,
     "mlflow": mlflow_serve,
 }

@@ -224,7 +224,7 @@ def test_a_data_set_whose_server_is_away_breaks_nothing(traced: Traced, monkeypa
     def away(*_: object) -> None:
         raise DataError("http://127.0.0.1:9/shards/dataset.json: could not be read in 4 attempts (refused).")
 
-    monkeypatch.setattr(cli, "load_dataset", away)
+    monkeypatch.setattr("pipeline.verbs.tracking.load_dataset", away)
     dataset = dataclasses.replace(traced.config.dataset, path="http://127.0.0.1:9/shards")
     save_config(dataclasses.replace(traced.config, dataset=dataset))
     code, states = traced.ask()
