@@ -105,6 +105,8 @@ class Job:
         self.is_over = True
         for entry in self.entries:
             entry.upload = None
+        # Each entry knows its job: the cycle would keep them, and the model that they were for, until a full collection.
+        self.entries = []
 
 
 def _entry(job: Job, place: int, part: Upload | Block) -> Entry:
