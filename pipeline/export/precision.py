@@ -13,6 +13,9 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -122,7 +125,7 @@ class Judge:
     def _make(self, precision: Precision, calibration: Iterable[npt.NDArray[np.uint8]]) -> onnx.ModelProto:
         made = to_float16(self.fp32) if precision == "fp16" else to_int8(self.fp32, calibration, self.config.calibration)
         require_clean(made, self.spec, self.config.opset)
-        open_session(made.SerializeToString(), OPTIMIZATIONS["off"])  # which refuses what cannot be loaded
+        _require_loadable(made)
         return made
 
     def _judge(
@@ -173,8 +176,20 @@ class Judge:
         found = itertools.islice(decodable(self.dataset, range(len(self.dataset))), NUM_LOOKED_AT)
         images = torch.stack([image for _, image in found])
         if precision == "fp16":
-            return float16_defects(self.fp32, images)
+            return float16_defects(self.fp32, model, images)
         return clipping_defects(self.fp32, activation_ranges(model), images)
+
+
+def _require_loadable(model: onnx.ModelProto) -> None:
+    """Raises GateError where onnxruntime cannot load the model, or dies of it, as 1.32 does of float16 attention on a CPU."""
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        script = "import sys, onnxruntime; onnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])"
+        done = subprocess.run([sys.executable, "-c", script, file.name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = f"signal {-done.returncode}" if done.returncode < 0 else " ".join(done.stderr.split())[-200:]
+        raise GateError(f"onnxruntime cannot load it on a CPU ({said})")
 
 
 def ask_all(

@@ -75,6 +75,59 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     return _finished(half, [*graph.node, *casts])
 
 
+def with_rounded_activations(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in float32 with every value between normalisation and logits rounded to what float16 holds, short of overflow.
+
+    A pair of casts would be taken out again by onnxruntime. To 11 bits a float32 is rounded by c - (c - x), c = (2**13 + 1) x
+    (Veltkamp; Dekker 1971); below 2**-14, where float16 has steps of 2**-24, by adding and subtracting a number whose own last
+    bit is that.
+    """
+    rounded = onnx.ModelProto()
+    rounded.CopyFrom(model)
+    is_float, inner = _float_tensors(rounded), _network_nodes(rounded.graph)
+    weights = {tensor.name: tensor for tensor in rounded.graph.initializer}
+    made_inside = {name for node in inner for name in node.output}
+    read = dict.fromkeys(name for node in inner for name in node.input if name in is_float and name not in made_inside)
+    nodes = [*rounded.graph.node]
+    for name in read:
+        if name in weights:
+            values = onnx.numpy_helper.to_array(weights[name]).astype(np.float16).astype(np.float32)
+            weights[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+        else:
+            nodes += _rounding(name, f"{name}.rounded")
+    for node in inner:
+        node.input[:] = [f"{name}.rounded" if name in read and name not in weights else name for name in node.input]
+        for place, name in enumerate(node.output):
+            if name in is_float:
+                node.output[place] = f"{name}.exact"
+                nodes += _rounding(f"{name}.exact", name)
+    for name, value in ROUNDING.items():
+        rounded.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.float32), name))
+    return _finished(rounded, nodes)
+
+
+ROUNDING = {"round.normal": 2.0**-14, "round.steps": 0.75, "round.split": 2.0**13 + 1}
+
+
+def _rounding(name: str, rounded: str) -> list[onnx.NodeProto]:
+    """Nodes that make `rounded` of the tensor `name`."""
+    steps = [
+        ("Abs", [name], "size"),
+        ("Less", ["size", "round.normal"], "is_small"),
+        ("Add", [name, "round.steps"], "shifted"),
+        ("Sub", ["shifted", "round.steps"], "small"),
+        ("Mul", [name, "round.split"], "split"),
+        ("Sub", ["split", name], "rest"),
+        ("Sub", ["split", "rest"], "normal"),
+        ("Where", ["is_small", "small", "normal"], ""),
+    ]
+    own = {made: f"{rounded}.{made}" if made else rounded for _, _, made in steps}
+    return [
+        onnx.helper.make_node(operator, [own.get(value, value) for value in read], [own[made]], name=f"round.{own[made]}")
+        for operator, read, made in steps
+    ]
+
+
 def _rounded(weight: onnx.TensorProto, name: str) -> onnx.TensorProto:
     values = onnx.numpy_helper.to_array(weight)
     peak = float(np.abs(values).max()) if values.size else 0.0

@@ -1,4 +1,6 @@
 import dataclasses
+import signal
+import subprocess
 from collections.abc import Iterable
 from typing import Literal
 
@@ -8,6 +10,7 @@ import pytest
 
 from pipeline.config import ExportConfig
 from pipeline.data.dataset import ShardDataset
+from pipeline.errors import GateError
 from pipeline.export import precision
 from pipeline.export.latency import Latency
 from pipeline.export.parity import Parity, ParityCase
@@ -135,6 +138,23 @@ def test_a_graph_that_fails_the_lint_is_refused(judge: Judge, calibration: list[
     found = forms(dataclasses.replace(judge, config=other), calibration)
     assert "its opset is 20, not 19" in found["fp16"].result.why
     assert "its opset is 20, not 19" in found["int8"].result.why
+
+
+def test_a_form_that_onnxruntime_cannot_load_or_dies_of_is_refused(judge: Judge) -> None:
+    broken = onnx.ModelProto()
+    broken.CopyFrom(judge.fp32)
+    broken.graph.node[0].op_type = "NoSuchOperator"
+    with pytest.raises(GateError, match=r"onnxruntime cannot load it on a CPU \(.*NoSuchOperator"):
+        precision._require_loadable(broken)
+    precision._require_loadable(judge.fp32)
+
+
+def test_a_form_that_ends_the_process_is_refused(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = subprocess.CompletedProcess([], -signal.SIGSEGV, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: killed)
+    found = forms(only(judge, "fp16"), [])
+    assert found["fp16"].result.why == "onnxruntime cannot load it on a CPU (signal 11)"
+    assert found["fp32"].result.published
 
 
 def test_a_model_of_several_labels_is_judged_by_its_labels(

@@ -14,8 +14,16 @@ from torch import nn
 from pipeline.config import Calibration
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import DataError, GateError
+from pipeline.export import quantize
 from pipeline.export.lint import require_clean
-from pipeline.export.quantize import activation_ranges, network_tensors, to_float16, to_int8, with_precision
+from pipeline.export.quantize import (
+    activation_ranges,
+    network_tensors,
+    to_float16,
+    to_int8,
+    with_precision,
+    with_rounded_activations,
+)
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from tests.unit.export.given import Images, change, copy_of, metadata_of, scale_between
@@ -74,6 +82,25 @@ def test_true_half_precision_arithmetic_gives_the_same_answers(exported_model: o
     answers: Any = onnx.reference.ReferenceEvaluator(half).run(["probabilities"], {"image": images[:4]})
     # onnxruntime computes in float32 on a CPU; numpy rounds after every operator.
     np.testing.assert_allclose(answers[0], ask(half, images[:4]), rtol=0, atol=1e-2)
+
+
+def test_rounded_activations_are_those_of_float16(exported_model: onnx.ModelProto, images: Images) -> None:
+    edges = [0.0, 6.1e-5, 6.0e-5, 5.96e-8, 2.9e-8, 1e-9, 1.0005, 2049.0, 65504.0, 65519.0, -3.3e-6]
+    values = np.concatenate([np.array(edges, np.float32), np.random.default_rng(0).normal(size=5000).astype(np.float32) ** 7])
+    graph = onnx.helper.make_graph(
+        quantize._rounding("x", "y"),
+        "rounding",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None])],
+        [onnx.numpy_helper.from_array(np.array(value, np.float32), name) for name, value in quantize.ROUNDING.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": values})
+    assert (found == values.astype(np.float16).astype(np.float32)).all()
+    rounded = with_rounded_activations(exported_model)
+    true: Any = onnx.reference.ReferenceEvaluator(to_float16(exported_model)).run(["probabilities"], {"image": images[:4]})
+    np.testing.assert_allclose(ask(rounded, images[:4]), true[0], rtol=0, atol=5e-3)  # numpy rounds sums, too
 
 
 def test_a_weight_that_float16_cannot_hold_is_named(exported_model: onnx.ModelProto) -> None:
