@@ -166,9 +166,15 @@ class Batcher:
     # ---- in the thread ----
 
     def _run(self) -> None:
-        while (batch := self._collect()) is not None:
-            if batch.entries:
-                self._answer(batch)
+        while self._answer_next():
+            pass
+
+    def _answer_next(self) -> bool:
+        """Answer a batch; False at the end. Nothing of it is held while waiting for the next: a replaced model is let go of."""
+        batch = self._collect()
+        if batch is not None and batch.entries:
+            self._answer(batch)
+        return batch is not None
 
     def _collect(self) -> "Batch | None":
         """The next batch, decoded; None at the end."""

@@ -73,6 +73,11 @@ class Listener:
         for connection in [each for each in self.connections if each.deadline < now]:
             connection.expire()
 
+    def forgive(self, seconds: float) -> None:
+        """Put off all deadlines: this process did not run for so long, and what clients sent meanwhile is still to be read."""
+        for connection in self.connections:
+            connection.deadline += seconds
+
     def drain(self) -> None:
         """Close what is idle; the others close after the answers that they wait for."""
         self.is_draining = True

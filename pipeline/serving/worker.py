@@ -124,7 +124,11 @@ class _Worker:
 
     async def _sweep(self, listener: Listener, batcher: Batcher) -> None:
         while True:
+            began = listener.clock()
             await asyncio.sleep(SWEEP_SECONDS)
+            late = listener.clock() - began - SWEEP_SECONDS
+            if late > SWEEP_SECONDS:
+                listener.forgive(late)
             listener.sweep()
             self.board.show("waiting_images", batcher.num_waiting)
             self.board.show("connections", len(listener.connections))

@@ -2,8 +2,10 @@
 
 import asyncio
 import dataclasses
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +235,35 @@ def test_a_request_is_answered_by_the_model_that_was_there_when_it_came(desk: De
     desk.model.may_run.set()
     desk.wait(4)
     assert (desk.model.sizes, newer.sizes) == ([1, 1], [2])
+
+
+def test_a_replaced_model_is_let_go_of_without_a_garbage_collection(desk: Desk, served: ServedModel) -> None:
+    older: Any = Counting(served)
+    desk.batcher.model = older
+    gc.disable()
+    try:
+        desk.hand(1, Upload("a.png", image_of()), Upload("b.png", image_of()))
+        desk.hand(2, BLOCK)
+        desk.wait(2)
+        reference = weakref.ref(older)
+        desk.batcher.model = None
+        del older
+        wait_until(lambda: reference() is None)
+    finally:
+        gc.enable()
+
+
+def test_one_slow_image_does_not_turn_others_away(desk: Desk) -> None:
+    for number in range(1, 11):
+        desk.hand(number, np.zeros((4, 3, 16, 16), np.uint8))
+        desk.wait(number)
+    desk.model.may_run.clear()
+    desk.hand(11, BLOCK)
+    time.sleep(0.5)
+    desk.model.may_run.set()
+    desk.wait(11)
+    # Half a second for the last 27 images or so. Of batches, whatever their size, it would be a twentieth of a second.
+    assert 0.015 < desk.batcher.seconds_an_image < 0.035
 
 
 def test_threads_end_with_the_batcher(served: ServedModel, loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:

@@ -144,6 +144,17 @@ def test_a_slow_client_is_told_so_and_let_go(server: Server, begun: bytes, statu
     assert (wire.statuses, wire.has_eof) == ([status], True)
 
 
+def test_time_in_which_the_server_did_not_run_is_not_the_clients(server: Server) -> None:
+    connection, wire = server.connect()
+    content = request("/predict", image_of())
+    feed(server, connection, content[:60])
+    server.now += SETTINGS.timeout_seconds + 1
+    server.do(server.listener.forgive, SETTINGS.timeout_seconds + 1)
+    server.after(0.1)
+    feed(server, connection, content[60:])
+    assert answer_of(wire)[0] == 200
+
+
 def test_a_body_may_take_longer_the_more_of_it_comes(server: Server) -> None:
     connection, wire = server.connect()
     feed(server, connection, request("/predict", b"x" * 96_000)[:-60_000])
@@ -198,9 +209,10 @@ def test_a_client_that_goes_away_is_no_longer_worked_for(server: Server, monkeyp
     connection, _ = server.connect()
     feed(server, connection, request("/predict", image_of()))
     assert server.listener.num_held_bytes == len(image_of())
+    (entry,) = jobs[0].entries
     server.do(connection.connection_lost, None)
     assert jobs[0].is_over
-    assert jobs[0].entries[0].upload is None
+    assert entry.upload is None
     assert server.listener.num_held_bytes == 0
     assert not server.listener.connections
 
