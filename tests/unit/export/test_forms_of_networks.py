@@ -43,7 +43,8 @@ def test_a_network_has_both_forms(name: str, side: int, tiny_dataset: DatasetMan
         try:
             _require_loadable(form)
         except GateError as error:  # onnxruntime 1.32 dies of vit_b_16 in float16 once it optimises
-            assert (name, precision, "signal 11" in str(error)) == ("torchvision:vit_b_16", "fp16", True)
+            if (name, precision) != ("torchvision:vit_b_16", "fp16") or "signal 11" not in str(error):
+                raise
             level = "off"
         answers[precision] = ask_onnx(open_session(form.SerializeToString(), OPTIMIZATIONS[level]), images)["probabilities"]
         assert np.isfinite(answers[precision]).all()
