@@ -75,6 +75,7 @@ def open_timed(content: bytes, threads: int = THREADS) -> onnxruntime.InferenceS
     """A session as servers open it, on so many CPU threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 

@@ -214,6 +214,7 @@ def open_session(content: bytes, level: onnxruntime.GraphOptimizationLevel) -> o
     """A session on the CPU with so much optimisation. Raises GateError where onnxruntime cannot load the model."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = level
+    options.log_severity_level = 3  # errors; warnings are of what it cannot make faster
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above

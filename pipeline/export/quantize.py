@@ -91,7 +91,7 @@ def with_rounded_activations(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [*rounded.graph.node]
     for name in read:
         if name in weights:
-            values = onnx.numpy_helper.to_array(weights[name]).astype(np.float16).astype(np.float32)
+            values = _nearest_float16(onnx.numpy_helper.to_array(weights[name])).astype(np.float32)
             weights[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
         else:
             nodes += _rounding(name, f"{name}.rounded")
@@ -133,7 +133,14 @@ def _rounded(weight: onnx.TensorProto, name: str) -> onnx.TensorProto:
     peak = float(np.abs(values).max()) if values.size else 0.0
     if not peak <= LARGEST_FLOAT16:
         raise GateError(f"the weight {weight.name} reaches {peak:.1e}, and float16 ends at {LARGEST_FLOAT16:.0f}")
-    return onnx.numpy_helper.from_array(values.astype(np.float16), name)
+    return onnx.numpy_helper.from_array(_nearest_float16(values), name)
+
+
+def _nearest_float16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """Rounded, but a number that keeps a divisor from being 0 never to 0 itself."""
+    rounded = values.astype(np.float16)
+    vanished = (rounded == 0) & (values != 0)
+    return np.where(vanished, np.copysign(np.float16(2.0**-24), values), rounded).astype(np.float16)
 
 
 def _cast_to_float16(node: onnx.NodeProto) -> None:

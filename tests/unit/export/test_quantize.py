@@ -103,6 +103,12 @@ def test_rounded_activations_are_those_of_float16(exported_model: onnx.ModelProt
     np.testing.assert_allclose(ask(rounded, images[:4]), true[0], rtol=0, atol=5e-3)  # numpy rounds sums, too
 
 
+def test_a_number_that_keeps_a_divisor_from_0_does_not_become_0() -> None:
+    rounded = quantize._nearest_float16(np.array([1e-12, -1e-9, 0.0, 0.1, 1.0], np.float32))
+    assert rounded.dtype == np.float16
+    assert rounded.tolist() == [2.0**-24, -(2.0**-24), 0.0, float(np.float16(0.1)), 1.0]
+
+
 def test_a_weight_that_float16_cannot_hold_is_named(exported_model: onnx.ModelProto) -> None:
     scaled = scale_between(exported_model, 1e7)
     name = next(node.input[1] for node in scaled.graph.node if node.op_type == "Conv")
