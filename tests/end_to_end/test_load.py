@@ -29,8 +29,8 @@ from tests.processes import started, wait_until
 TIMEOUT_SECONDS = 2.0
 STOP_SECONDS = 15.0
 # Of a good request while attackers send bombs, floods and noise, and models are loaded. Two cores carry the server, its
-# attackers and its clients; on an idle machine it is a third of this.
-MOST_P99_MS = {16: 300.0, 64: 900.0}
+# attackers, and the clients, who compare every answer. With five times as much other work on them it is up to 230 and 1,100 ms.
+MOST_P99_MS = {16: 500.0, 64: 1500.0}
 # From 20 % of the time to its end. It grows by a tenth to a sixth while every thread's allocator meets its largest batch, and
 # stays there: 40,000 requests and ten reloads. A leak of 500 bytes a request would be a quarter, of each model a half.
 MOST_GROWTH = 0.25
