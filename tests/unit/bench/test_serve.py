@@ -17,11 +17,11 @@ from pipeline.serving.predictor import Predictor
 
 def figures(rate: float, p50_ms: float = 1.0) -> list[dict[str, float]]:
     """Two rounds."""
-    return [{"requests_a_second": rate * noise, "p50_ms": p50_ms} for noise in (0.5, 1.0)]
+    return [{"requests_a_cpu_second": rate * noise, "p50_ms": p50_ms} for noise in (0.5, 1.0)]
 
 
 def verdicts(ours: float, p50_ms: float) -> dict[str, bool]:
-    """What is said of a server of our name with so many requests a second, beside others with 1,000 and 100."""
+    """What is said of a server of our name with so many requests a CPU-second, beside others with 1,000 and 100."""
     rows = {f"{OURS}, multipart": figures(ours, p50_ms), f"{OURS}, raw": figures(ours, p50_ms)}
     others = {f"{FASTAPI}, multipart": figures(1_000), f"{LITSERVE}, multipart": figures(100)}
     benchmark = Benchmark({}, [], {})
@@ -32,13 +32,13 @@ def verdicts(ours: float, p50_ms: float) -> dict[str, bool]:
 def test_a_verdict_is_passed_on_each_contender_that_was_there() -> None:
     found = verdicts(ours=1_499, p50_ms=1.2)
     assert found == {
-        f"requests/s beside {FASTAPI}, 16 clients": False,
-        f"requests/s beside {FASTAPI}, 64 clients": False,
-        f"requests/s beside {LITSERVE}, 16 clients": True,
-        f"requests/s beside {LITSERVE}, 64 clients": True,
+        f"requests a CPU-second beside {FASTAPI}, 16 clients": False,
+        f"requests a CPU-second beside {FASTAPI}, 64 clients": False,
+        f"requests a CPU-second beside {LITSERVE}, 16 clients": True,
+        f"requests a CPU-second beside {LITSERVE}, 64 clients": True,
         "p50 of one client above the model's time": True,
     }
-    assert verdicts(ours=1_501, p50_ms=1.3)[f"requests/s beside {FASTAPI}, 16 clients"]
+    assert verdicts(ours=1_501, p50_ms=1.3)[f"requests a CPU-second beside {FASTAPI}, 16 clients"]
     assert not verdicts(ours=1_501, p50_ms=1.3)["p50 of one client above the model's time"]
 
 
@@ -76,6 +76,6 @@ def test_our_server_is_measured_beside_another(tmp_path: Path, monkeypatch: pyte
     assert list(benchmark.figures) == ["digits", *(f"digits, clients: {clients}" for clients in (1, 16, 64))]
     for rows in list(benchmark.figures.values())[1:]:
         assert rows.keys() == {f"{OURS}, multipart", f"{OURS}, raw", f"{OURS}, json", f"{FASTAPI}, multipart"}
-        assert all(row["requests_a_second"] > 10 for row in rows.values())
+        assert all(row["requests_a_cpu_second"] > 10 for row in rows.values())
     assert len(benchmark.targets) == 3
     assert json.loads((tmp_path / "bench.json").read_text())["machine"]["versions"]["onnxruntime"]
