@@ -86,7 +86,8 @@ def _show_benchmark(benchmark: Benchmark, out: Path) -> None:
     for part, contenders in benchmark.figures.items():
         _show_figures(part, contenders)
     targets = [[t.what, f"{t.value:.3g}", t.goal, "met" if t.met else "missed"] for t in benchmark.targets]
-    show_table(["target", "value", "goal", "verdict"], targets)
+    if targets:
+        show_table(["target", "value", "goal", "verdict"], targets)
     facts = {"figures": str(out / "bench.json")}
     if "loader" in benchmark.figures:
         facts["picture"] = str(out / "bench.png")
