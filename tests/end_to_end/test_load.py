@@ -155,6 +155,7 @@ def plan_of(served: Served, models: list[Path], images: list[str], clients: int,
     return Plan(served.port, paths, images, clients, 8, seconds, TIMEOUT_SECONDS, stop=served.process.pid)
 
 
+@pytest.mark.timeout(600)  # alone, it waits for the digits to be trained
 def test_good_requests_are_answered_rightly_among_bad_ones_through_a_reload_and_a_stop(
     export_dir: Path, models: list[Path], images: list[str]
 ) -> None:
