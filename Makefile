@@ -31,7 +31,8 @@ READY := $(VENV)/.ready
 SHARDLINE := $(VENV)/bin/shardline
 SETTINGS := --config $(CONFIG) $(ARGS)
 # Files of tests side by side: many of them wait for a server, a time-out or a process more than they compute.
-TWO_AT_ONCE := --numprocesses 2 --dist loadfile
+# (A process of pytest that dies ends all of it: with another in its place it would wait for the lost file for ever.)
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile --max-worker-restart 0
 CUDA_PACKAGES := torch|torchvision|triton|cuda-.*|nvidia-.*
 COMPILE := uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-annotate --no-header pyproject.toml
 

@@ -141,16 +141,17 @@ def open_image(encoded: bytes, background: tuple[int, int, int]) -> Image.Image:
     return finish_image(read_header(encoded), background)
 
 
-def read_header(encoded: bytes | bytearray, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_header(encoded: bytes | bytearray, max_pixels: int | None = None) -> Image.Image:
     """An image whose header is read, and nothing decoded yet. Raises DataError as above."""
+    most = MAX_PIXELS if max_pixels is None else max_pixels
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except Image.DecompressionBombError as error:  # far beyond
         raise TooManyPixelsError(str(error).partition(",")[0]) from error
     except Exception as error:  # Pillow raises almost anything on corrupt bytes
         raise _described(error) from error
-    if image.width * image.height > max_pixels:
-        raise TooManyPixelsError(f"{image.width} x {image.height} pixels are more than {max_pixels:,}")
+    if image.width * image.height > most:
+        raise TooManyPixelsError(f"{image.width} x {image.height} pixels are more than {most:,}")
     return image
 
 

@@ -37,7 +37,7 @@ STOP_SECONDS = 10.0
 class Server:
     """One contender."""
 
-    needs: str  # the package without which it is left out
+    needs: str  # the packages without which it is left out
     command: str  # what python runs
     urls: dict[Form, str]  # that take an image, by the form in which they do; MODEL stands for the model's name
     field: str = "file"  # of a multipart form
@@ -49,15 +49,16 @@ SERVERS = {
         "-m pipeline serve MODEL --port PORT --threads 1",
         {"multipart": "/predict", "raw": "/predict", "json": "/v2/models/MODEL/infer"},
     ),
-    FASTAPI: Server("fastapi", "-m pipeline.bench.served_by_fastapi MODEL PORT", {"multipart": "/predict"}),
+    # Which says so only when it is started: forms need a package that it does not bring.
+    FASTAPI: Server("fastapi python_multipart", "-m pipeline.bench.served_by_fastapi MODEL PORT", {"multipart": "/predict"}),
     LITSERVE: Server("litserve", "-m pipeline.bench.served_by_litserve MODEL PORT", {"multipart": "/predict"}, "request"),
     MLFLOW: Server("mlflow", "-m pipeline.bench.served_by_mlflow MODEL PORT", {"json": "/invocations"}),
 }
 
 
 def is_installed(name: str) -> bool:
-    """Whether the package of a server is here."""
-    return importlib.util.find_spec(SERVERS[name].needs) is not None
+    """Whether the packages of a server are here."""
+    return all(importlib.util.find_spec(package) for package in SERVERS[name].needs.split())
 
 
 # ---- what they are asked, and what they say ----
