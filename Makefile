@@ -155,4 +155,4 @@ licenses: $(READY) ## docs/licenses.md from the lock files
 
 clean: ## remove caches and builds; never runs, data or .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
-	find pipeline tests -name __pycache__ -type d -exec rm -rf {} +
+	find docker pipeline tests -name __pycache__ -type d -exec rm -rf {} +

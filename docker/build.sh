@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build docker/NAME.Dockerfile as image shardline-NAME and leave what it holds in dist/sbom-NAME.json:   docker/build.sh serve train
 # BUILDER is docker, podman or buildah (the first that works), BUILD_OPTIONS more options of its `build`. The same commit gives the
-# same layers with podman and buildah; docker keeps the time at which it wrote each file.
+# same layers of `serve` with podman and buildah; docker keeps the time at which it wrote each file, `train` takes Debian's newest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,6 +28,7 @@ revision="$(git rev-parse HEAD 2>/dev/null || echo unknown)"
 mkdir -p dist
 for name in "$@"; do
   [ -f "docker/$name.Dockerfile" ] || fail "there is no docker/$name.Dockerfile; there are: $(cd docker && echo *.Dockerfile)"
+  grep -q sbom.json "docker/$name.Dockerfile" || fail "docker/$name.Dockerfile is built by docker compose (docker/compose.yaml)"
   image="shardline-$name"
   # Every file gets the time of the last change of what the large layers come from, so they stay the same until then.
   time="$(git log -1 --format=%ct -- "docker/$name.Dockerfile" "docker/$name.lock" 2>/dev/null || true)"

@@ -43,13 +43,11 @@ PERMISSIVE = {
     "BSD-3-Clause",
     "BSL-1.0",
     "CC0-1.0",
-    "ISC",
     "LLVM-exception",
     "MIT",
     "MIT-0",
     "MIT-CMU",
     "PSF-2.0",
-    "Unlicense",
     "ZPL-2.1",
     "Zlib",
 }

@@ -8,6 +8,7 @@ import re
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from licenses import UNKNOWN, licence_of, normalised
 
@@ -28,8 +29,8 @@ def python_component(package: Distribution) -> dict[str, Any]:
 def debian_component(paragraph: str, release: str) -> dict[str, Any]:
     """An installed package of Debian, from its paragraph in dpkg's list."""
     field = dict(re.findall(r"^(Package|Version|Architecture): (.+)$", paragraph, flags=re.MULTILINE))
-    version = field["Version"].replace(":", "%3A").replace("+", "%2B")
-    purl = f"pkg:deb/debian/{field['Package']}@{version}?arch={field['Architecture']}&distro={release}"
+    name, version = (quote(field[part], safe="") for part in ("Package", "Version"))
+    purl = f"pkg:deb/debian/{name}@{version}?arch={field['Architecture']}&distro={release}"
     return {"type": "library", "bom-ref": purl, "name": field["Package"], "version": field["Version"], "purl": purl}
 
 

@@ -3,7 +3,8 @@
 # outside /tmp.  `make images` builds it and lists what it holds in dist/sbom-serve.json.
 #   docker run --rm --read-only --tmpfs /tmp -p 8000:8000 -v "$PWD/runs/digits/export:/work:ro" shardline-serve
 #   docker run --rm --read-only --tmpfs /tmp -v "$PWD:/work:ro" shardline-serve predict runs/digits/export/model.onnx image.jpg
-# A model of a registry: `shardline-serve serve models:/digits@champion --host 0.0.0.0`, with MLFLOW_TRACKING_URI and an account.
+# A model of a registry: `shardline-serve serve models:/digits@champion --host 0.0.0.0 --tracking.uri=https://mlflow.example.org`, with
+# MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 ARG BASE=python:3.11.15-slim-bookworm
 
 # What we depend on: made anew only when docker/serve.lock changes.

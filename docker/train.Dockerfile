@@ -15,6 +15,8 @@ COPY docker/train.lock ./
 RUN awk '/^[a-z]/ { cuda = /^(torch|torchvision|triton|cuda-.*|nvidia-.*)==/ } { print > (cuda ? "cuda.lock" : "rest.lock") }' train.lock
 
 FROM ${BASE}
+# Bytecode is then checked by what a file holds: podman and buildah set every file's time after it was compiled.
+ARG SOURCE_DATE_EPOCH=0
 # NCCL looks for InfiniBand and RoCE in these libraries, and without them takes TCP, many times slower, without a word.
 # torch.compile needs a C++ compiler. Debian keeps only the newest of a version, so these are not pinned (DL3008).
 # hadolint ignore=DL3008

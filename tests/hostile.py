@@ -38,7 +38,7 @@ class Attack:
 
 def attacks(model: str, jpeg: bytes, side: int) -> list[Attack]:
     """All of them, against a model's name that takes images of `side` pixels; `jpeg` is one that it answers."""
-    return [*_images(jpeg), *_forms(jpeg), *_tensors(model, side), *_protocol(jpeg), *_slow(jpeg), *_large(jpeg)]
+    return [*_images(jpeg), *_forms(jpeg), *_tensors(model, side), *_protocol(jpeg), *_slow(jpeg), *_large()]
 
 
 def _once(name: str, content: bytes, allowed: frozenset[Outcome] | set[int] = MISTAKES) -> Attack:
@@ -365,7 +365,7 @@ async def _drip(connection: Connection, content: bytes) -> None:
 # ---- too large ----
 
 
-def _large(jpeg: bytes) -> list[Attack]:
+def _large() -> list[Attack]:
     length = 10**10
     declared = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\nContent-Length: {length}\r\n\r\n"
     chunked = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -375,7 +375,7 @@ def _large(jpeg: bytes) -> list[Attack]:
         async def run(port: int, patience: float) -> Outcome:
             connection = await Connection.open(port)
             try:
-                connection.send(head.encode() + jpeg[:0])
+                connection.send(head.encode())
                 flood = asyncio.create_task(_flood(connection, more))
                 try:
                     return await outcome_of(connection, patience)

@@ -1,8 +1,8 @@
 """Good and bad clients of a server at once: `python -m tests.load JSON` loads it and says what came of every request.
 
 A process of its own, so that it waits for nobody's interpreter. Good clients ask in every form that the server knows and
-compare each answer with what the model says; bad ones go through tests/hostile.py. With `stop`, the server gets a SIGTERM at
-the end, while requests are on their way.
+compare each answer with what the model says; bad ones go through tests/hostile.py. In the end the server gets a SIGTERM,
+while requests are on their way.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class Plan:
     attackers: int
     seconds: float
     timeout_seconds: float  # of the server, for a request
-    stop: int | None = None  # the server's process
+    stop: int  # the server's process
 
 
 @dataclass
@@ -195,10 +195,9 @@ class Load:
             for number in range(plan.attackers):
                 group.create_task(self._attack([attack for attack in bad if not attack.is_slow], number))
             for attack in bad:
-                if attack.is_slow and plan.attackers:
+                if attack.is_slow:
                     group.create_task(self._attack([attack], 0))
-            if plan.stop is not None:
-                group.create_task(self._stop(plan.stop))
+            group.create_task(self._stop(plan.stop))
         return self.tally.report()
 
     async def _stop(self, pid: int) -> None:
@@ -207,11 +206,10 @@ class Load:
         os.kill(pid, signal.SIGTERM)
 
     async def _ask(self, good: list[Case], number: int) -> None:
-        """One client: asks on one connection until the end, or, if the server is stopped, until it does not answer."""
+        """One client: asks on one connection until the server is stopped and does not answer."""
         connection: Connection | None = None
-        latest: str | None = None
         number *= 7  # so that clients are at different forms
-        while self.plan.stop is not None or time.perf_counter() < self.ends:
+        while True:
             case, number = good[number % len(good)], number + 1
             asked = time.perf_counter()
             try:
@@ -219,7 +217,7 @@ class Load:
                     connection = await Connection.open(self.plan.port)
                 asked = time.perf_counter()
                 connection.send(case.request)
-                latest = await self._require_right(case, connection, latest)
+                await self._require_right(case, connection)
             except (OSError, AssertionError, LookupError, ValueError, TimeoutError) as error:
                 if isinstance(error, OSError) and self.stopped is not None and asked > self.stopped:
                     return  # it was sent to a server that had been told to end
@@ -233,11 +231,9 @@ class Load:
             self.tally.latencies.append(time.perf_counter() - asked)
             self.tally.answered[case.form] += case.num_answers
             self.tally.in_flight_at_stop += self.stopped is not None and asked < self.stopped
-        if connection is not None:
-            connection.close()
 
-    async def _require_right(self, case: Case, connection: Connection, latest: str | None) -> str | None:
-        """Raise AssertionError for an answer that the model would not give; returns the model that gave the last one."""
+    async def _require_right(self, case: Case, connection: Connection) -> None:
+        """Raise AssertionError for an answer that the model would not give."""
         for _ in range(case.num_answers):
             async with asyncio.timeout(self.plan.timeout_seconds + 5):
                 answer = await connection.answer()
@@ -248,8 +244,6 @@ class Load:
             assert min(errors) <= MOST_ABS, f"probabilities are off by {min(errors):.1e}, by {sha256}"
             if sha256 is not None:
                 self.tally.by_model[sha256] += 1
-                latest = sha256
-        return latest
 
     async def _attack(self, bad: list[Attack], number: int) -> None:
         """One attacker: every attack from one of them on, again and again."""

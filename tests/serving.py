@@ -58,9 +58,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, cwd: Path, log: Path) -> Iterator[Served]:
+def serving(*arguments: str, cwd: Path, log: Path, **environment: str) -> Iterator[Served]:
     """A server on a free port, ready."""
-    with started("serve", *arguments, "--port=0", cwd=cwd, log=log) as process:
+    with started("serve", *arguments, "--port=0", cwd=cwd, log=log, **environment) as process:
         server = Served(process, log)
         wait_until(lambda: bool(STARTED.search(log.read_text())) or process.poll() is not None, "the server")
         found = STARTED.search(log.read_text())

@@ -18,7 +18,7 @@ from pipeline.errors import nearest
 from pipeline.serving import v2
 from pipeline.serving.answer import prediction_response
 from pipeline.serving.batching import Batcher, Block, Job, Upload
-from pipeline.serving.exchange import RefusedError, Request, Response, json_response
+from pipeline.serving.exchange import AGAIN, RefusedError, Request, Response, json_response
 from pipeline.serving.formdata import read_form
 from pipeline.serving.metrics import Board, exposition
 from pipeline.serving.pages import page
@@ -33,7 +33,6 @@ QUERY = ("top_k", "probabilities")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Parsing more JSON than this on the event loop would be felt by the other requests.
 SMALL_JSON_BYTES = 50_000
-AGAIN = (("retry-after", "1"),)
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,7 @@ class App:
         except RefusedError as refusal:
             request.respond(refusal.response())
         except Exception:
-            print(f"serve: {request.method} {request.path[:200]}\n{traceback.format_exc()}", flush=True)
-            request.respond(RefusedError(500, "a mistake of the server; its log says more.").response())
+            request.respond(_failure(request))
 
     def count(self, request: Request, status: int, seconds: float) -> None:
         """Take note of an answer."""
@@ -214,9 +212,7 @@ class App:
             except RefusedError as refusal:
                 loop.call_soon_threadsafe(request.respond, refusal.response())
             except Exception:
-                print(f"serve: POST {request.path[:200]}\n{traceback.format_exc()}", flush=True)
-                failed = RefusedError(500, "a mistake of the server; its log says more.")
-                loop.call_soon_threadsafe(request.respond, failed.response())
+                loop.call_soon_threadsafe(request.respond, _failure(request))
             else:
                 loop.call_soon_threadsafe(self._infer_later, request, found)
 
@@ -229,6 +225,8 @@ class App:
             self._infer_read(request, found)
         except RefusedError as refusal:
             request.respond(refusal.response())
+        except Exception:
+            request.respond(_failure(request))
 
     def _infer_read(self, request: Request, found: "v2.Inference") -> None:
         height, width = self.model.size
@@ -252,6 +250,12 @@ class App:
         model = self.batcher.model
         info = {} if model is None else {"name": model.name, "version": model.version, "sha256": model.sha256}
         request.respond(Response(200, exposition(self.board, info).encode(), METRICS_TYPE))
+
+
+def _failure(request: Request) -> Response:
+    """The answer to what should not happen, which the log tells in full. To be called where the exception is handled."""
+    print(f"serve: {request.method} {request.path[:200]}\n{traceback.format_exc()}", flush=True)
+    return RefusedError(500, "a mistake of the server; its log says more.").response()
 
 
 def _query_of(request: Request) -> list[tuple[str, str]]:

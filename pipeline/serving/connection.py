@@ -22,7 +22,7 @@ from typing import Protocol, cast
 
 import httptools
 
-from pipeline.serving.exchange import RefusedError, Request, Response
+from pipeline.serving.exchange import AGAIN, RefusedError, Request, Response
 from pipeline.serving.settings import (
     IDLE_SECONDS,
     MAX_CONNECTIONS,
@@ -129,7 +129,7 @@ class Connection(asyncio.Protocol):
         self.deadline = listener.clock() + listener.settings.timeout_seconds
         listener.connections.add(self)
         if len(listener.connections) > MAX_CONNECTIONS:
-            self._refuse(RefusedError(429, "too many connections", (("retry-after", "1"),)).response())
+            self._refuse(RefusedError(429, "too many connections", AGAIN).response())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client, and stop working for it."""
@@ -266,7 +266,7 @@ class Connection(asyncio.Protocol):
         if request.num_pieces > FREE_PIECES and request.num_bytes < MIN_PIECE_BYTES * request.num_pieces:
             self._stop(RefusedError(400, f"the body comes in pieces of less than {MIN_PIECE_BYTES} bytes."))
         if listener.num_held_bytes > listener.settings.max_held_bytes:
-            self._stop(RefusedError(429, "too many bodies wait here.", (("retry-after", "1"),)))
+            self._stop(RefusedError(429, "too many bodies wait here.", AGAIN))
         if not request.body:
             request.body = body  # most come in one piece
             return
@@ -376,7 +376,7 @@ class Connection(asyncio.Protocol):
         if self.is_closing or self.is_choked:
             self.abort()
         elif self.answering is not None:
-            busy = RefusedError(503, f"there was no answer within {seconds:g} s; the server is busy.", (("retry-after", "1"),))
+            busy = RefusedError(503, f"there was no answer within {seconds:g} s; the server is busy.", AGAIN)
             self.answering.respond(busy.response())
         elif self.incoming is not None:
             what = "head" if self.is_in_head else "body"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 JSON = "application/json"
+AGAIN = (("retry-after", "1"),)  # seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 ROUTES = ("predict", "tensor", "infer", "other", "none")
-STATUSES = (200, 400, 404, 405, 408, 413, 415, 422, 429, 431, 500, 503)
+STATUSES = (200, 204, 400, 404, 405, 408, 413, 415, 422, 429, 431, 500, 503)
 REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-BATCH_SECONDS = REQUEST_SECONDS
 BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 PAGE_BYTES = resource.getpagesize()
 
@@ -35,7 +34,7 @@ GAUGES = {
 }
 HISTOGRAMS = {
     "request_seconds": ("From the first byte of a request for predictions to its answer.", REQUEST_SECONDS),
-    "batch_seconds": ("Decoding and answering of a batch.", BATCH_SECONDS),
+    "batch_seconds": ("Decoding and answering of a batch.", REQUEST_SECONDS),
     "batch_images": ("Images in a batch.", BATCH_SIZES),
 }
 
@@ -65,10 +64,10 @@ class Board:
         self.rows: npt.NDArray[np.float64] = memory.reshape(num_workers, len(PLACES))
         self.row = self.rows[worker]
 
-    def begin(self) -> None:
+    def forget(self, worker: int) -> None:
         """Forget what a worker that died was at; what it has done stays."""
         for name in GAUGES:
-            self.row[PLACES[name]] = 0
+            self.rows[worker, PLACES[name]] = 0
 
     def add(self, name: str, number: float = 1) -> None:
         """Count up."""
@@ -80,7 +79,7 @@ class Board:
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
         """Take note of an answered request."""
-        self.row[PLACES[f"requests {route} {status if status in STATUSES else 400}"]] += 1
+        self.row[PLACES[f"requests {route} {status}"]] += 1
         if route in ROUTES[:3]:
             self.observe("request_seconds", seconds)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.console import say
-from pipeline.errors import ModelError, ShardlineError
+from pipeline.errors import ModelError
 from pipeline.golden import GOLDEN
 from pipeline.serving.batching import Batcher
 from pipeline.serving.metrics import Board
@@ -97,7 +97,7 @@ class Reloader:
         assert old is not None
         try:
             new = await self._load()
-        except (ShardlineError, OSError) as error:
+        except Exception as error:  # onnxruntime's have no common base; whatever it is, the old model goes on
             if self.source.fingerprint() == found:
                 self.seen = found  # until it changes again
                 self.board.add("refused_models_total")

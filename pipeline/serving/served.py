@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +123,4 @@ def name_of(path: Path) -> str:
     """What to call a model file: its run, where it lies in one, or its folder. Letters that a URL would escape become `-`."""
     parents = path.resolve().parents
     run = next((folder.parent for folder in parents if folder.name == "export"), parents[0])
-    return (
-        "".join(letter if (letter.isascii() and letter.isalnum()) or letter in "-_." else "-" for letter in run.name) or "model"
-    )
+    return re.sub(r"[^A-Za-z0-9._-]", "-", run.name) or "model"

@@ -141,18 +141,24 @@ class _Supervisor:
     def __init__(self, post: Post, board: Board) -> None:
         self.post, self.board = post, board
         self.places = [_Place(number) for number in range(post.settings.workers)]
-        self.is_stopped = False
+        self.is_stopped = self.is_forced = False
         self.lifeline, self.own_end = os.pipe()
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:
-            return self._start() or self._watch()
+            code = self._start() or self._watch()
         finally:
             self._end_all()
+        return code or int(self.is_forced)
 
     def _stop(self, *_: object) -> None:
+        if self.is_stopped:  # already: this is the second, and ends it at once
+            self.is_forced = True
+            for place in self.places:
+                if place.process is not None:
+                    place.process.kill()
         self.is_stopped = True
 
     def _start(self) -> int:
@@ -196,6 +202,7 @@ class _Supervisor:
         now = time.monotonic()
         place.num_deaths = place.num_deaths + 1 if now - place.started < HEALTHY_SECONDS else 0
         pause = min(0.1 * 2**place.num_deaths, LONGEST_PAUSE_SECONDS) if place.num_deaths else 0.0
+        self.board.forget(place.number)
         say(f"serve: worker {place.number} ended with {place.process.returncode}; another takes its place")
         place.process, place.started = None, now + pause
 

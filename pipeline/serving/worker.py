@@ -74,7 +74,6 @@ class _Worker:
     def __init__(self, post: Post) -> None:
         self.post, self.settings = post, post.settings
         self.board = Board(post.settings.workers, post.number, post.board)
-        self.board.begin()
         self.stop = asyncio.Event()
         self.num_signals = 0
 
@@ -98,7 +97,7 @@ class _Worker:
                 if self.settings.workers == 1:
                     say(banner(app.model.name, app.model.version, self.post.address))
                 tasks.append(asyncio.create_task(reloader.watch()))
-                await self.stop.wait()
+                await self._until_stopped(tasks)
             app.is_draining = True
             self.board.show("ready_workers", 0)
             await self._drain(server, listener)
@@ -121,6 +120,15 @@ class _Worker:
             return False
         load.result()
         return True
+
+    async def _until_stopped(self, tasks: "list[asyncio.Task[None]]") -> None:
+        """Wait for a signal. A task of ours that ends before does so by a mistake, which is raised, not kept to itself."""
+        stopped = asyncio.create_task(self.stop.wait())
+        await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        for task in tasks:
+            if task.done():
+                task.result()
 
     async def _sweep(self, listener: Listener, batcher: Batcher) -> None:
         while True:

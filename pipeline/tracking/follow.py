@@ -10,6 +10,7 @@ import json
 import select
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,22 +50,23 @@ class Follower:
             version = version_of(self.client, self.model)
             if (str(version.version), str(version.tags.get(SHA256_TAG, ""))) != self.current:
                 self._bring(self.client, version)
-        except (MlflowException, OSError) as error:
-            if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
-                raise
+        except (MlflowException, ConnectionError, TimeoutError) as error:
             raise RunError(f"{describe_trouble(error, self.server.uri)}. Is it up, and the right --tracking.uri?") from error
 
     def _bring(self, client: "MlflowClient", version: "ModelVersion") -> None:
-        folder = self.pointer.parent / f"version-{version.version}-{len(self.copies)}"
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)  # of a try that failed
-        folder.mkdir(parents=True)
-        path = download_model(client, version, folder)
+        self.pointer.parent.mkdir(parents=True, exist_ok=True)
+        # Never a folder of before: a pointer that a follower before this one left may name it, and workers read it.
+        folder = Path(tempfile.mkdtemp(prefix=f"version-{version.version}-", dir=self.pointer.parent))
         tagged = str(version.tags.get(SHA256_TAG, ""))
-        if not path.is_file() or tagged not in ("", sha256_of(path)):
-            raise ModelError(f"{self.model}: version {version.version} holds no model.onnx of the sha256 that it names.")
-        _bring_proof(client, version, path)
-        write_json(self.pointer, {"path": str(path), "name": version.name, "version": str(version.version)})
+        try:
+            path = download_model(client, version, folder)
+            if not path.is_file() or tagged not in ("", sha256_of(path)):
+                raise ModelError(f"{self.model}: version {version.version} holds no model.onnx of the sha256 that it names.")
+            _bring_proof(client, version, path)
+            write_json(self.pointer, {"path": str(path), "name": version.name, "version": str(version.version)})
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         self.current = (str(version.version), tagged)
         self.copies.append(folder)
         for old in self.copies[:-NUM_KEPT]:
@@ -74,7 +76,7 @@ class Follower:
         """As `look`, but trouble is only told, once, and so is its end."""
         try:
             self.look()
-        except ShardlineError as error:
+        except (ShardlineError, OSError) as error:
             if not self.trouble:
                 say(f"serve: {error} The model that is there goes on.")
             self.trouble = str(error)
@@ -108,9 +110,9 @@ def main(arguments: list[str]) -> int:
     try:
         follower.look()
     except ModuleNotFoundError as error:
-        return _fail(
-            f"{model} needs the package {error.name}, which is not installed here: pip install 'shardline[tracking]'.", 2
-        )
+        extra = "tracking" if follower.server.artifacts is None else "train"  # a database needs all of MLflow
+        needed = f"{model} needs the package {error.name}, which is not installed here"
+        return _fail(f"{needed}: pip install 'shardline[{extra}]'.", 2)
     except ShardlineError as error:
         return _fail(str(error), error.exit_code)
     while not select.select([sys.stdin], [], [], float(seconds))[0]:

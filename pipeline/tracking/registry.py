@@ -201,7 +201,8 @@ def version_of(client: "MlflowClient", model: str) -> "ModelVersion":
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         raise RunError(
-            f"{model}: there is no such version at {client.tracking_uri}. Is it the right --tracking.uri?"
+            f"{model}: there is no such version at {client.tracking_uri}. Is it the right --tracking.uri? "
+            f"(`shardline promote` makes a {CHAMPION}.)"
         ) from error
 
 

@@ -67,7 +67,9 @@ def shard(argv: list[str]) -> int:
     if not made:
         return up_to_date("shard", config.dataset_dir)
     closing_box(
-        "data set ready", _dataset_facts(manifest, config.dataset_dir), command_line("check", _without_shard_options(argv))
+        "data set ready",
+        _dataset_facts(manifest, config.dataset_dir),
+        command_line("check", without_options(argv, SHARD_OPTIONS)),
     )
     return 0
 
@@ -86,7 +88,7 @@ def _shard_part(config: Config, options: "Namespace", part: tuple[int, int], arg
         "left": left or "nothing",
         "in": str(config.dataset_dir),
     }
-    merge = shlex.join(["shardline", "shard", *_without_shard_options(argv), "--merge"])
+    merge = shlex.join(["shardline", "shard", *without_options(argv, SHARD_OPTIONS), "--merge"])
     closing_box(f"part {part[0]}/{part[1]} written", facts, merge if not left else "")
     return 0
 
@@ -132,19 +134,6 @@ def _with_long_options(argv: list[str]) -> list[str]:
             equals, value = "=", "true"
         long.append(f"{SHORT_OPTIONS.get(name, name)}{equals}{value}")
     return long
-
-
-def _without_shard_options(argv: list[str]) -> list[str]:
-    kept = []
-    words = iter(argv)
-    for argument in words:
-        name, equals, _ = argument.partition("=")
-        if name not in SHARD_OPTIONS:
-            kept.append(argument)
-        elif not equals:
-            for _ in range(SHARD_OPTIONS[name]):
-                next(words, None)
-    return kept
 
 
 def index(argv: list[str]) -> int:

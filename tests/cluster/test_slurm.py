@@ -14,7 +14,7 @@ from tests.processes import kill, wait_until
 
 CHAIN = REPOSITORY / "configs/slurm/chain.sbatch"
 STEPS_PER_EPOCH = 16  # 1,069 samples in batches of 64
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.cluster
 
 
 def submit(slurm: Slurm, folder: Path, name: str, epochs: int, *options: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from tests import browser as parts
 from tests.browser import Browser, browser
-from tests.processes import shardline, wait_until
+from tests.processes import children_of, shardline, wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator
@@ -35,20 +35,13 @@ def links(workspace: Path, chain: dict[str, str], tmp_path_factory: pytest.TempP
         wait_until(lambda: "^C ends it" in said.read_text() or process.poll() is not None, "the links of `shardline ui`")
         assert process.poll() is None
         yield dict(re.findall(r"^  (\w+) +(http://\S+)$", said.read_text(), flags=re.MULTILINE))
-        groups = _groups_started_by(process.pid)
+        groups = children_of(process.pid)
         assert groups
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert not [group for group in groups if _is_alive(group)]
     finally:
         process.kill()
-
-
-def _groups_started_by(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found
 
 
 def _is_alive(group: int) -> bool:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from pipeline.golden import GOLDEN, GoldenVectors
 from pipeline.serving.predictor import Predictor
 from tests.hostile import attacks, encoded
 from tests.load import Plan
-from tests.processes import started, wait_until
+from tests.processes import children_of
+from tests.serving import Served, serving
 
 TIMEOUT_SECONDS = 2.0
 STOP_SECONDS = 15.0
@@ -32,7 +33,7 @@ STOP_SECONDS = 15.0
 # attackers, and the clients, who compare every answer. With five times as much other work on them it is up to 230 and 1,100 ms.
 MOST_P99_MS = {16: 500.0, 64: 1500.0}
 # From 20 % of the time to its end. It grows by a tenth to a sixth while every thread's allocator meets its largest batch, and
-# stays there: 40,000 requests and ten reloads. A leak of 500 bytes a request would be a quarter, of each model a half.
+# stays there: 40,000 requests and nine reloads. A leak of 500 bytes a request would be a quarter, of each model a half.
 MOST_GROWTH = 0.25
 JPEG = encoded(Image.new("RGB", (8, 8)), "JPEG")
 
@@ -74,25 +75,12 @@ def sibling(export_dir: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Served:
-    """A server at work."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-
-
 @contextlib.contextmanager
-def serving(model: Path, *options: str) -> Iterator[Served]:
-    """`shardline serve` on a free port."""
-    log = model.parent / "serve.log"
-    settings = ["--port=0", f"--timeout-seconds={TIMEOUT_SECONDS}", "--poll-seconds=0.2", "--threads=1", *options]
-    with started("serve", str(model), *settings, cwd=model.parent, log=log) as process:
-        wait_until(lambda: b"http://" in log.read_bytes() or process.poll() is not None, "the server", seconds=60)
-        found = re.search(r"on http://127\.0\.0\.1:(\d+)", log.read_text())
-        assert found, log.read_text()
-        yield Served(process, int(found[1]), log)
+def loaded(model: Path, *options: str) -> Iterator[Served]:
+    """A server with short limits of time, which looks for another model all the time."""
+    settings = [f"--timeout-seconds={TIMEOUT_SECONDS}", "--poll-seconds=0.2", "--threads=1", *options]
+    with serving(str(model), *settings, cwd=model.parent, log=model.parent / "serve.log") as served:
+        yield served
 
 
 def start_load(plan: Plan) -> subprocess.Popen[str]:
@@ -122,11 +110,7 @@ def memory_of(process: subprocess.Popen[bytes]) -> int:
 
 def descendants(pid: int) -> list[int]:
     """A process and what it started, and what that started."""
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += descendants(int(child))
-    return found
+    return [pid, *(found for child in children_of(pid) for found in descendants(child))]
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -152,15 +136,14 @@ def models(export_dir: Path, sibling: Path, tmp_path: Path) -> list[Path]:
 def plan_of(served: Served, models: list[Path], images: list[str], clients: int, seconds: float) -> Plan:
     """Clients and attackers that know both models, and stop the server in the end."""
     paths = [str(folder / "model.onnx") for folder in models]
-    return Plan(served.port, paths, images, clients, 8, seconds, TIMEOUT_SECONDS, stop=served.process.pid)
+    return Plan(int(served.url.rsplit(":", 1)[1]), paths, images, clients, 8, seconds, TIMEOUT_SECONDS, stop=served.process.pid)
 
 
-@pytest.mark.timeout(600)  # alone, it waits for the digits to be trained
 def test_good_requests_are_answered_rightly_among_bad_ones_through_a_reload_and_a_stop(
     export_dir: Path, models: list[Path], images: list[str]
 ) -> None:
     seconds = 10.0
-    with serving(export_dir / "model.onnx") as served:
+    with loaded(export_dir / "model.onnx") as served:
         load = start_load(plan_of(served, models, images, 16, seconds))
         time.sleep(seconds / 2)
         replace(export_dir, models[1])
@@ -173,14 +156,13 @@ def test_good_requests_are_answered_rightly_among_bad_ones_through_a_reload_and_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("clients", [16, 64])
 def test_memory_is_flat_and_answers_come_in_time(
     export_dir: Path, models: list[Path], images: list[str], clients: int, workers: int
 ) -> None:
     seconds, reloads = 60.0, 10
-    with serving(export_dir / "model.onnx", f"--workers={workers}") as served:
+    with loaded(export_dir / "model.onnx", f"--workers={workers}") as served:
         load = start_load(plan_of(served, models, images, clients, seconds))
         sizes = []
         for number in range(1, reloads):

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from licenses import normalised
 from PIL import Image
 
 from tests.processes import shardline, wait_until
@@ -23,7 +24,7 @@ BROUGHT = {
     "flatbuffers", "httptools", "jsonargparse", "markdown-it-py", "mdurl", "numpy", "onnxruntime", "packaging", "pillow",
     "protobuf", "pygments", "pyyaml", "rich", "shardline", "uvloop",
 }  # fmt: skip
-pytestmark = pytest.mark.timeout(600)  # the first test of an installation downloads it
+pytestmark = pytest.mark.timeout(960)  # the first test of an installation downloads it
 NO_NETWORK = re.compile("Failed to establish a new connection|Temporary failure in name resolution|Network is unreachable")
 
 
@@ -103,7 +104,7 @@ def test_the_same_commit_gives_the_same_wheel(package: tuple[Path, Path], tmp_pa
 
 def test_it_installs_no_torch_and_nothing_unexpected(installed: Path) -> None:
     listed = json.loads(subprocess.check_output([str(installed / "pip"), "list", "--format=json"], env=bare()))
-    names = {re.sub(r"[-_.]+", "-", entry["name"]).lower() for entry in listed}
+    names = {normalised(entry["name"]) for entry in listed}
     assert names - {"pip", "setuptools", "wheel"} == BROUGHT
 
 

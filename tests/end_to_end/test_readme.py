@@ -46,7 +46,6 @@ def clone(workspace: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.timeout(600)
 def test_every_command_runs(chain: dict[str, str], clone: Path) -> None:
     typed = [line for line in commands() if not line.startswith(ELSEWHERE)]
     assert len(typed) >= 5

@@ -27,7 +27,7 @@ from pipeline.files import sha256_of, write_bytes, write_json
 from pipeline.preprocess import decode_image, spec_from_dict
 from tests import browser as parts
 from tests.browser import Browser, browser
-from tests.processes import shardline, wait_until
+from tests.processes import children_of, shardline, wait_until
 from tests.serving import Served, serving
 
 EXPORT = Path("runs/digits/export")
@@ -232,11 +232,9 @@ def test_a_file_that_is_replaced_is_taken_without_losing_a_request(
         assert server.log.read_text().count("refused") == 1
 
 
-@pytest.mark.timeout(600)
 def test_an_alias_that_moves_is_followed(model_dir: Path, workspace: Path, tmp_path: Path, photos: dict[str, bytes]) -> None:
     from mlflow import MlflowClient
 
-    shutil.copyfile(workspace / "runs/mlflow.db", tmp_path / "runs/mlflow.db")
     assert shardline("sync", "runs/digits", cwd=workspace).returncode == 0
     shutil.copyfile(workspace / "runs/mlflow.db", tmp_path / "runs/mlflow.db")
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db", f"sqlite:///{tmp_path}/runs/mlflow.db")
@@ -262,16 +260,9 @@ def test_an_alias_that_moves_is_followed(model_dir: Path, workspace: Path, tmp_p
         client.set_registered_model_alias("digits", "champion", liar.version)
         wait_until(lambda: server.said("of the sha256 that it names"), "the refusal")
         assert server.get("/model")[1]["version"] == str(second.version)
-        child = _children_of(server.process.pid)
+        child = children_of(server.process.pid)
         assert server.stop() == 0
     assert not [pid for pid in child if Path(f"/proc/{pid}").exists()]
-
-
-def _children_of(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found
 
 
 # ---- stops, workers ----
@@ -305,6 +296,19 @@ def test_sigterm_answers_what_was_sent_and_takes_nothing_more(
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_signal_ends_it_at_once(workspace: Path, chain: dict[str, str], tmp_path: Path, workers: int) -> None:
+    settings = (f"--workers={workers}", "--timeout-seconds=60")
+    with serving(*settings, cwd=workspace, log=tmp_path / "log") as server, server.connect() as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/jpeg\r\nContent-Length: 9\r\n\r\n")
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert server.process.poll() is None, "it should still wait for the body"
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(15) == 1
+
+
 def test_workers_that_die_are_replaced_and_end_with_the_server(
     workspace: Path, chain: dict[str, str], tmp_path: Path, photos: dict[str, bytes]
 ) -> None:
@@ -315,7 +319,7 @@ def test_workers_that_die_are_replaced_and_end_with_the_server(
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
 
     with serving("--workers=2", cwd=workspace, log=tmp_path / "log") as server:
-        first, second = _children_of(server.process.pid)
+        first, second = children_of(server.process.pid)
         for _ in range(40):
             assert server.post("/predict", photo)[0] == 200
         assert figure(server, 'shardline_requests_total{route="predict",status="200"}') == 40
@@ -324,7 +328,7 @@ def test_workers_that_die_are_replaced_and_end_with_the_server(
         wait_until(lambda: figure(server, "shardline_ready_workers") == 2, "its readiness")
         assert figure(server, 'shardline_requests_total{route="predict",status="200"}') == 40
         assert server.post("/predict", photo)[0] == 200
-        children = _children_of(server.process.pid)
+        children = children_of(server.process.pid)
         assert second in children
         server.process.kill()
         server.process.wait()

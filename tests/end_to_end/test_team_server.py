@@ -14,12 +14,12 @@ import pytest
 import requests
 
 from tests import team as parts
-from tests.processes import shardline, started, wait_until
+from tests.processes import shardline
+from tests.serving import serving
 from tests.team import SECRETS, Team, team_server
 
 pytestmark = [
     pytest.mark.skipif(bool(parts.missing_parts()), reason=f"a team server needs {parts.missing_parts()}"),
-    pytest.mark.timeout(600),  # the first test waits for the server and a whole run
 ]
 
 REPOSITORY = Path(__file__).parents[2]
@@ -157,18 +157,16 @@ def test_the_champion_is_loaded_by_name_in_a_fresh_process_and_answers(
 
 def test_a_reader_serves_the_champion(team: Team, trained: dict[str, str], tmp_path: Path) -> None:
     account = {"MLFLOW_TRACKING_USERNAME": READER[0], "MLFLOW_TRACKING_PASSWORD": READER[1]}
-    arguments = ["serve", "models:/team@champion", f"--tracking.uri={team.url}", "--port=0"]
-    with started(*arguments, cwd=tmp_path, log=tmp_path / "log", **account) as process:
-        said = tmp_path / "log"
-        wait_until(lambda: "serving team 1 on http://" in said.read_text() or process.poll() is not None, "the server")
-        url = said.read_text().split(" on ")[1].strip()
-        assert requests.get(f"{url}/model", timeout=30).json()["proof"].startswith("top-1 agreement 1.0")
-        process.terminate()
-        assert process.wait(30) == 0
-    stranger = shardline(*arguments, cwd=tmp_path, MLFLOW_TRACKING_USERNAME="x", MLFLOW_TRACKING_PASSWORD="y")
+    arguments = ["models:/team@champion", f"--tracking.uri={team.url}"]
+    with serving(*arguments, cwd=tmp_path, log=tmp_path / "log", **account) as server:
+        assert (server.name, server.version) == ("team", "1")
+        assert server.get("/model")[1]["proof"].startswith("top-1 agreement 1.0")
+        assert server.stop() == 0
+    nobody = {"MLFLOW_TRACKING_USERNAME": "x", "MLFLOW_TRACKING_PASSWORD": "y"}
+    stranger = shardline("serve", *arguments, "--port=0", cwd=tmp_path, **nobody)
     assert stranger.returncode == 2
     assert "asks for a name and a password" in stranger.stderr
-    assert READER[1] not in said.read_text()
+    assert READER[1] not in server.log.read_text()
 
 
 def test_no_secret_is_in_the_database_the_store_or_the_run_folder(team: Team, trained: dict[str, str], workspace: Path) -> None:

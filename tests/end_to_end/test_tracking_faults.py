@@ -110,7 +110,6 @@ def left_alone(run_dir: Path) -> None:
     """No trouble."""
 
 
-@pytest.mark.timeout(600)
 def test_a_server_that_is_killed_and_comes_back(workspace: Path, server: MlflowServer) -> None:
     def kill_and_restart(run_dir: Path) -> None:
         wait_until(lambda: newest_step(run_dir) >= 10, "step 10")
@@ -122,7 +121,6 @@ def test_a_server_that_is_killed_and_comes_back(workspace: Path, server: MlflowS
     require_all_there(workspace, "killed", server)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seconds", [8.0, pytest.param(60.0, marks=pytest.mark.slow)])
 def test_a_server_that_hangs_for_a_while(workspace: Path, server: MlflowServer, seconds: float) -> None:
     def stop(run_dir: Path) -> None:
@@ -136,7 +134,6 @@ def test_a_server_that_hangs_for_a_while(workspace: Path, server: MlflowServer, 
     require_all_there(workspace, name, server)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", ["500", "401", "artifacts"])
 def test_a_server_that_fails_throughout(workspace: Path, server: MlflowServer, proxy: Proxy, fault: str) -> None:
     proxy.fault = fault  # type: ignore[assignment]
@@ -151,7 +148,6 @@ def test_a_server_that_fails_throughout(workspace: Path, server: MlflowServer, p
     require_all_there(workspace, f"fails-{fault}", server)
 
 
-@pytest.mark.timeout(600)
 def test_a_server_that_takes_its_time(workspace: Path, server: MlflowServer, proxy: Proxy) -> None:
     proxy.fault = "slow"
     train(workspace, "slow", proxy.uri, left_alone, SHORT, MLFLOW_HTTP_REQUEST_TIMEOUT="30")

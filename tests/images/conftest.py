@@ -38,13 +38,14 @@ events_logger = "none"
 class Engine:
     """buildah and podman with a storage of their own."""
 
-    folder: Path
     environment: dict[str, str]
 
-    def run(self, *command: str, seconds: float = 300.0, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, seconds: float = 300.0, check: bool = True, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a program of theirs to its end."""
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=seconds, check=False,
+            command, env=self.environment | variables, capture_output=True, text=True, timeout=seconds, check=False,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done
@@ -54,12 +55,8 @@ class Engine:
         options = [f"--build-arg=BASE={BASE}"]
         # pip has to believe this machine's certificates, where there are some of its own.
         options += [f"--volume={path}:{path}:ro" for path in ("/etc/ssl/certs", "/etc/pip.conf") if Path(path).exists()]
-        environment = self.environment | {"BUILD_OPTIONS": " ".join(options)}
         make = ["make", "--no-print-directory", "-C", str(context), "images", f"IMAGES={name}", "BUILDER=buildah"]
-        done = subprocess.run(
-            make, env=environment, capture_output=True, text=True, timeout=LONGEST_BUILD_SECONDS, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        self.run(*make, seconds=LONGEST_BUILD_SECONDS, BUILD_OPTIONS=" ".join(options))
         return f"localhost/shardline-{name}:latest"
 
     def inspect(self, image: str) -> dict[str, Any]:
@@ -113,7 +110,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     }
     # Called from `make test-images`, a make of ours would speak of that make.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    made = Engine(folder, kept | settings)
+    made = Engine(kept | settings)
     try:
         packages = "--include=python3,python3-venv,ca-certificates,usr-is-merged"
         made.run("mmdebstrap", "--variant=minbase", packages, *LEFT_OUT, "bookworm", f"{folder}/base.tar", seconds=900)

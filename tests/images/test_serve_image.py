@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from licenses import normalised
 from PIL import Image
 
 from tests.images.conftest import Engine, at_work, checkout
@@ -91,7 +92,7 @@ def test_the_list_of_contents_is_that_of_the_image(engine: Engine, image: str, c
     listing = "import importlib.metadata as m, json; print(json.dumps([[d.name, d.version] for d in m.distributions()]))"
     there = json.loads(engine.contained(image, "-c", listing, options=("--entrypoint=python",)).stdout)
     assert {purl for purl in purls if purl.startswith("pkg:pypi/")} == {
-        f"pkg:pypi/{re.sub(r'[-_.]+', '-', name).lower()}@{version}" for name, version in there
+        f"pkg:pypi/{normalised(name)}@{version}" for name, version in there
     }
     assert any(purl.startswith("pkg:deb/debian/libc6@") for purl in purls)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from licenses import normalised
 
 from tests.images.conftest import REPOSITORY, Engine, checkout
 
@@ -37,7 +38,7 @@ def mounts() -> list[str]:
     names = {
         file.parts[0]
         for package in distributions()
-        if HEAVY.fullmatch(re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower())
+        if HEAVY.fullmatch(normalised(package.metadata["Name"]))
         for file in package.files or []
     }
     names -= {".."}  # programs, which lie elsewhere

@@ -142,7 +142,7 @@ def test_other_verbs_are_given_what_they_understand(
 ) -> None:
     long = long or argv
     assert dataset._with_long_options(argv) == long
-    assert dataset._without_shard_options(long) == (for_others or long)
+    assert without_options(long, dataset.SHARD_OPTIONS) == (for_others or long)
 
 
 @pytest.mark.parametrize(

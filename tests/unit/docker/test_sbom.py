@@ -19,6 +19,11 @@ Status: install ok installed
 Architecture: amd64
 Version: 2.36-9+deb12u14
 
+Package: libstdc++6
+Status: install ok installed
+Architecture: amd64
+Version: 12.2.0-14
+
 Package: gone
 Status: deinstall ok config-files
 Architecture: amd64
@@ -33,7 +38,7 @@ Version: 1:4.13+dfsg1-1
 
 @pytest.fixture
 def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system of two Debian packages."""
+    """A system of three Debian packages."""
     (tmp_path / "status").write_text(STATUS)
     (tmp_path / "os-release").write_text('NAME="Debian GNU/Linux"\nID=debian\nVERSION_ID="12"\n')
     monkeypatch.setattr(sbom, "DPKG_STATUS", tmp_path / "status")
@@ -56,6 +61,7 @@ def test_it_lists_every_package_of_python_and_debian_that_is_installed(debian: N
     assert {purl for purl in found if purl.startswith("pkg:pypi/")} == installed
     assert [purl for purl in found if purl.startswith("pkg:deb/")] == [
         "pkg:deb/debian/libc6@2.36-9%2Bdeb12u14?arch=amd64&distro=debian-12",
+        "pkg:deb/debian/libstdc%2B%2B6@12.2.0-14?arch=amd64&distro=debian-12",
         "pkg:deb/debian/passwd@1%3A4.13%2Bdfsg1-1?arch=amd64&distro=debian-12",
     ]
 

@@ -230,7 +230,7 @@ def test_one_who_has_sent_everything_still_gets_the_answer(server: Server) -> No
     assert wire.is_closed
 
 
-def test_bodies_that_wait_are_bounded_over_all_connections(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_that_wait_are_bounded_over_all_connections(server: Server) -> None:
     half = request("/predict", b"x" * LIMIT)[: -LIMIT // 2]
     clients = [server.connect() for _ in range(2 * BODIES_HELD + 1)]
     for connection, _ in clients:

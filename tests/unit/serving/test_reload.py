@@ -114,6 +114,26 @@ def test_a_bad_one_is_refused_once_and_the_old_one_goes_on_until_a_good_one_come
     assert reloader.batcher.model is not old
 
 
+def test_whatever_a_new_model_raises_the_old_one_goes_on_and_the_next_is_taken(
+    path: Path, other: bytes, board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reloader = reloader_of(ModelSource(path), board)
+    old = reloader.batcher.model
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("an error of the runtime")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reload, "load_served", fail)
+        prove(path, other)
+        asyncio.run(reloader.look())
+    assert reloader.batcher.model is old
+    assert "an error of the runtime" in capsys.readouterr().out
+    prove(path, other + b"\x72\x00")
+    asyncio.run(reloader.look())
+    assert reloader.batcher.model is not old
+
+
 def test_a_file_that_is_gone_or_still_being_written_is_waited_for(
     path: Path, other: bytes, board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,6 +114,30 @@ def test_trouble_is_told_once_and_so_is_its_end(
     assert end == f"serve: {follower.model} is followed again"
 
 
+def test_any_trouble_with_files_is_told_and_outlived(
+    follower: Follower, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    follower.look()
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(follow, "version_of", fail)
+    follower.look_again()
+    assert capsys.readouterr().out == "serve: [Errno 28] No space left on device The model that is there goes on.\n"
+
+
+def test_one_that_takes_the_place_of_a_dead_follower_leaves_the_copy_that_workers_read(follower: Follower) -> None:
+    follower.look()
+    first = json.loads(follower.pointer.read_text())
+    Follower(follower.server, follower.model, follower.pointer).look()
+    second = json.loads(follower.pointer.read_text())
+    assert second["version"] == first["version"]
+    assert second["path"] != first["path"]
+    assert Path(first["path"]).is_file()
+    assert Path(second["path"]).is_file()
+
+
 def test_a_model_that_is_not_there_is_one_line_and_exit_2(
     registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
