@@ -6,10 +6,10 @@ start-up, which each contender has once.
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -161,24 +161,18 @@ def measure_model(model: str, images: list[str]) -> Figures:
     import numpy as np
 
     from pipeline.bench.session import Session
+    from pipeline.export.latency import percentile_ms, take_turns
 
-    session = Session(Path(model))
-
-    def timed(work: Callable[[str], object]) -> float:
-        seconds = list[float]()
-        while len(seconds) < 5 or sum(seconds) < MODEL_SECONDS:
-            begun = time.perf_counter()
-            work(images[len(seconds) % len(images)])
-            seconds.append(time.perf_counter() - begun)
-        return statistics.median(seconds) * 1e3
-
+    session, photos = Session(Path(model)), itertools.cycle(images)
     one = session.decode(images[0])[None]
     many = np.repeat(one, 16, axis=0)
-    return {
-        "decode_ms": timed(session.decode),
-        "run_ms": timed(lambda _: session.run(one)),
-        "run_16_ms": timed(lambda _: session.run(many)),
+    calls: dict[str, Callable[[], object]] = {
+        "decode_ms": lambda: session.decode(next(photos)),
+        "run_ms": lambda: session.run(one),
+        "run_16_ms": lambda: session.run(many),
     }
+    turns = take_turns(calls, rounds=2, seconds=MODEL_SECONDS / 2)
+    return {name: percentile_ms(taken, 50) for name, taken in turns.items()}
 
 
 MEASUREMENTS: dict[str, Callable[..., Figures]] = {

@@ -6,8 +6,8 @@ exported, is left out by name.
 """
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def _bench_threads(
             except Exception as error:
                 benchmark.left_out[name] = _reason(error)
             else:
-                calls[name] = _call(answer, images)
+                calls[name] = functools.partial(answer, images)
         if BESIDE not in calls:
             return
         turns = take_turns(calls, rounds, SECONDS_A_TURN)
@@ -148,10 +148,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-
-
-def _call(answer: Answer, images: Images) -> Callable[[], object]:
-    return lambda: answer(images)
 
 
 def _figures(name: str, batch: int, threads: int, taken: Turns, beside: Turns) -> ModelFigures:

@@ -120,7 +120,8 @@ def _load(server: Running, folder: Path, clients: int, seconds: float) -> Figure
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     spent = server.cpu_seconds() - before
     if done.returncode:
-        raise RuntimeError(f"{clients} clients: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        raise RuntimeError(f"{clients} clients: {said[-1]}")
     figures: Figures = json.loads(done.stdout)
     # Linux counts in ticks of 10 ms: at least one.
     return {"requests_a_cpu_second": figures.pop("requests") / max(spent, 0.01), **figures}

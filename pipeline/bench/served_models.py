@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.bench.images import make_images
-from pipeline.config import ModelConfig, PreprocessConfig
+from pipeline.config import ExportConfig, ModelConfig, PreprocessConfig
 from pipeline.export.graph import export_graph
 from pipeline.files import write_bytes
 from pipeline.manifest import FORMAT_VERSION, ImageStats
@@ -20,7 +20,6 @@ from pipeline.task import Task
 
 NUM_IMAGES = 64
 NUM_CLASSES = 10
-OPSET = 20
 SIDE_OF_DIGITS = 28  # pixels, as MNIST has them
 
 
@@ -72,7 +71,7 @@ def _make_model(folder: Path, config: ModelConfig, side: int) -> Path:
         "versions": {"torch": torch.__version__},
     }
     shares = (1 / NUM_CLASSES,) * NUM_CLASSES
-    model = export_graph(network, Task("single", shares), spec, OPSET, metadata)
+    model = export_graph(network, Task("single", shares), spec, ExportConfig().opset, metadata)
     path = folder / "model.onnx"
     write_bytes(path, model.SerializeToString(deterministic=True))
     return path

@@ -4,6 +4,7 @@ A newcomer would trust the answers of a float16 model on a CPU. There onnxruntim
 overflow and underflow. So the size of each activation is looked at, and the model is asked once more with all of them rounded.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -24,7 +25,8 @@ def float16_defects(fp32: onnx.ModelProto, half: onnx.ModelProto, images: torch.
     """What float16 arithmetic would do to `images`, uint8 (N, 3, H, W), in `half`, the float16 form of `fp32`."""
     peaks: dict[str, float] = {}
     for name, values in look(fp32, network_tensors(fp32), images):
-        peaks[name] = max(peaks.get(name, 0.0), float(np.abs(values).max(initial=0.0)))
+        peak = float(np.abs(values).max(initial=0.0))
+        peaks[name] = max(peaks.get(name, 0.0), math.inf if math.isnan(peak) else peak)
     largest = max(peaks, key=lambda name: peaks[name])
     if not peaks[largest] <= LARGEST_FLOAT16:
         yield (
@@ -48,7 +50,8 @@ def float16_defects(fp32: onnx.ModelProto, half: onnx.ModelProto, images: torch.
 def clipping_defects(fp32: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], images: torch.Tensor) -> Iterator[str]:
     """The activation of `images` of which most lies outside of the range that it was given, by the tensor's name."""
     there = {name for node in fp32.graph.node for name in node.output}
-    outside, total, lowest, highest = (dict.fromkeys(ranges, 0.0) for _ in range(4))
+    outside, total = (dict.fromkeys(ranges, 0.0) for _ in range(2))
+    lowest, highest = dict.fromkeys(ranges, math.inf), dict.fromkeys(ranges, -math.inf)
     for name, values in look(fp32, [name for name in ranges if name in there], images):
         low, high = ranges[name]
         half_level = (high - low) / 510  # which rounding would bring back

@@ -16,7 +16,7 @@ import onnx.reference
 
 from pipeline.errors import GateError, ModelError
 from pipeline.export.graph import PREFIX
-from pipeline.export.proto import constants
+from pipeline.export.proto import constants, metadata
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec, spec_from_dict
 from pipeline.task import Task
@@ -37,16 +37,20 @@ def require_contract(model: onnx.ModelProto, manifest: DatasetManifest, task: Ta
 
 
 def _metadata_defects(model: onnx.ModelProto, manifest: DatasetManifest, task: Task, spec: PreprocessSpec) -> Iterator[str]:
-    found = {entry.key.removeprefix(PREFIX): entry.value for entry in model.metadata_props}
+    found = {key.removeprefix(PREFIX): value for key, value in metadata(model).items()}
     try:
         names, own = json.loads(found["class_names"]), spec_from_dict(json.loads(found["preprocess"]))
     except (KeyError, ValueError, ModelError) as error:
         yield f"its metadata cannot be read ({error})"
         return
     if names != manifest.class_names:
-        place = next((at for at, pair in enumerate(zip(names, manifest.class_names, strict=False)) if len(set(pair)) > 1), 0)
-        wanted = manifest.class_names[place]
-        yield f"of its {len(names)} classes number {place} is '{names[place]}', that of the data set is '{wanted}'"
+        pairs = enumerate(zip(names, manifest.class_names, strict=False))
+        place = next((at for at, (name, wanted) in pairs if name != wanted), None)
+        if place is None:  # one list begins with the other
+            yield f"it has {len(names)} classes, the data set {len(manifest.class_names)}"
+        else:
+            wanted = manifest.class_names[place]
+            yield f"of its {len(names)} classes number {place} is '{names[place]}', that of the data set is '{wanted}'"
     if own != spec or found.get("preprocess_hash") != spec.hash():
         yield "its preprocessing is not that of the training"
     for name, wanted in (("task", task.kind), ("data_digest", manifest.digest)):

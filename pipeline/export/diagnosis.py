@@ -53,7 +53,7 @@ def max_abs(found: Outputs, wanted: Outputs) -> float:
     """The largest difference of any logit or probability; infinite where an answer is no number or of another shape."""
     largest = 0.0
     for name, answer in wanted.items():
-        if found[name].shape != answer.shape or not np.isfinite(found[name]).all():
+        if found[name].shape != answer.shape or not (np.isfinite(found[name]).all() and np.isfinite(answer).all()):
             return float("inf")
         largest = max(largest, float(np.abs(found[name] - answer).max()))
     return largest

@@ -12,12 +12,12 @@ import onnx
 import torch
 from torch import nn
 
-from pipeline.export.lint import BATCH
 from pipeline.export.proto import nodes, parts
 from pipeline.preprocess import PreprocessSpec
 from pipeline.task import Task
 
 PREFIX = "shardline."
+BATCH = "batch"  # the name of the axis
 
 
 class Answers(nn.Module):

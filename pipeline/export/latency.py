@@ -4,11 +4,12 @@ A newcomer would time one model after the other. What is compared is the ratio w
 different minutes.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,6 @@ from pipeline.config import Precision
 
 # One call at a time on one thread: what a model costs, rather than how a machine shares out its cores.
 THREADS = 1
-LARGER_BATCH = 16
 ROUNDS = 7
 SECONDS_A_TURN = 0.1
 LEAST_CALLS = 3
@@ -84,13 +84,10 @@ def measure_latency(contents: Mapping[Precision, bytes], images: npt.NDArray[np.
     sessions = {name: open_timed(content) for name, content in contents.items()}
     found: dict[Precision, list[Latency]] = {name: [] for name in contents}
     for batch in sorted({1, len(images)}):
-        calls = {name: _call(session, {"image": images[:batch]}) for name, session in sessions.items()}
+        feeds = {"image": images[:batch]}
+        calls = {name: functools.partial(session.run, ["probabilities"], feeds) for name, session in sessions.items()}
         turns = take_turns(calls, ROUNDS, SECONDS_A_TURN)
         for name, taken in turns.items():
             median, p90 = percentile_ms(taken, 50), percentile_ms(taken, 90)
             found[name].append(Latency(batch, THREADS, median, p90, times_as_long(taken, turns["fp32"])))
     return found
-
-
-def _call(session: onnxruntime.InferenceSession, feeds: dict[str, Any]) -> Callable[[], object]:
-    return lambda: session.run(["probabilities"], feeds)

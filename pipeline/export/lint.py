@@ -14,15 +14,14 @@ import onnx
 import torch
 
 from pipeline.errors import GateError
+from pipeline.export.graph import BATCH, PREFIX
 from pipeline.export.operators import operator_defects
 from pipeline.export.proto import nodes, tensors, texts
 from pipeline.preprocess import PreprocessSpec
 
-BATCH = "batch"
 RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 # What a path of the machine that built the model looks like, whichever machine that was.
 PATHS = re.compile(r"[\w./~-]*(?:(?:site|dist)-packages|/(?:home|root|Users)/|\.pyc?\b)[\w./-]*|\b[A-Za-z]:\\[\w.\\-]*")
-CLASS_NAMES = "shardline.class_names"
 
 
 def require_clean(model: onnx.ModelProto, spec: PreprocessSpec, opset: int) -> None:
@@ -33,7 +32,7 @@ def require_clean(model: onnx.ModelProto, spec: PreprocessSpec, opset: int) -> N
         *_signature_defects(model, spec),
         *_file_defects(model),
         *_opset_defects(model, opset),
-        *operator_defects(model, "onnxruntime"),
+        *operator_defects(model),
         *_leak_defects(model),
     ]
     try:
@@ -92,7 +91,8 @@ def _leak_defects(model: onnx.ModelProto) -> Iterator[str]:
     folders = {Path.cwd(), Path.home(), Path(__file__).parents[2], Path(torch.__file__).parents[1], Path(sys.prefix)}
     folders |= {Path(tempfile.gettempdir())}
     own = re.compile("|".join(rf"{re.escape(str(folder))}(?![\w.-])[\w./-]*" for folder in folders if len(folder.parts) > 1))
-    theirs = {entry.value for entry in model.metadata_props if entry.key == CLASS_NAMES}  # a class may be called anything
+    # A class may be called anything.
+    theirs = {entry.value for entry in model.metadata_props if entry.key == f"{PREFIX}class_names"}
     for text in set(texts(model)) - theirs:
         found = own.search(text) or PATHS.search(text)
         if found:

@@ -19,7 +19,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from pipeline.config import ExportConfig, Precision
+from pipeline.config import ExportConfig
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import DataError, GateError
 from pipeline.export.diagnosis import REPEATED, Evidence, Outputs, explain, max_abs
@@ -63,14 +63,15 @@ class Parity:
     top1_agreement: float
     num_samples: int
     sha256: str
-    accuracy: dict[str, float]  # share of right answers of `torch` and `onnx` over the whole split
+    # Share of right answers over the whole split: of `torch` and `onnx`; in the proof of a smaller form, of `fp32` and it.
+    accuracy: dict[str, float]
     reference_max_abs: float  # of the ONNX project's own evaluator, on a few images
     golden_sha256: str = ""  # of the golden vectors beside the model
     reason: str = ""
     precision: str = "fp32"
     tolerance_reason: str = ""
     repeat_max_abs: float = 0.0  # between two runs over the same images
-    allowed_accuracy_difference: float = 0.0  # of `torch` and `onnx`
+    allowed_accuracy_difference: float = 0.0  # of the two in `accuracy`
     # What the earlier evaluation of the same checkpoint measured, and how far `torch` may lie from it; empty without one.
     evaluation: dict[str, float] = field(default_factory=dict)
     checkpoint_sha256: str = ""
@@ -89,22 +90,14 @@ class _Sides:
     tolerance: Tolerance
 
 
-def compare(
-    network: nn.Module,
-    task: Task,
-    content: bytes,
-    sha256: str,
-    dataset: ShardDataset,
-    config: ExportConfig,
-    precision: Precision = "fp32",
-) -> Parity:
+def compare(network: nn.Module, task: Task, content: bytes, sha256: str, dataset: ShardDataset, config: ExportConfig) -> Parity:
     """Ask the torch network and the serialized ONNX model `content` for the same images of `dataset`.
 
     Raises GateError where onnxruntime cannot load the model at all.
     """
     with evaluating(network) as plain:
         sessions = {name: open_session(content, level) for name, level in OPTIMIZATIONS.items()}
-        tolerance = tolerance_of(onnx.load_model_from_string(content), config.tolerance, precision)
+        tolerance = tolerance_of(onnx.load_model_from_string(content), config.tolerance)
         sides = _Sides(plain, task, content, sessions, tolerance)
         sizes = sorted({1, 2, 3, 7, config.max_batch_size})
         batches = [_compare_batch(sides, repeat_to(dataset, size)) for size in sizes]
@@ -116,7 +109,6 @@ def compare(
             sha256=sha256,
             accuracy={},
             reference_max_abs=float("inf"),
-            precision=precision,
             tolerance_reason=tolerance.reason,
             repeat_max_abs=max(batch.repeat_max_abs for batch in batches),
             reason=next((batch.error for batch in batches if batch.error), ""),
@@ -133,7 +125,7 @@ def compare(
 
 def describe_failure(parity: Parity) -> str:
     """What a person needs to know of a red comparison."""
-    worst = max(parity.cases, key=lambda case: case.max_abs if case.max_abs == case.max_abs else float("inf"))
+    worst = max(parity.cases, key=lambda case: case.max_abs)
     return (
         f"the ONNX model does not give the trained network's answers: {parity.reason} (largest difference {worst.max_abs:.2e}, "
         f"batch {worst.batch}, optimization {worst.optimization}; tolerance {worst.tolerance:.1e}; top-1 agreement "

@@ -30,7 +30,7 @@ from pipeline.data.dataset import ShardDataset
 from pipeline.errors import GateError
 from pipeline.export.activations import clipping_defects, float16_defects
 from pipeline.export.diagnosis import Outputs, max_abs
-from pipeline.export.latency import LARGER_BATCH, Latency, measure_latency
+from pipeline.export.latency import Latency, measure_latency
 from pipeline.export.lint import require_clean
 from pipeline.export.parity import (
     NUM_REFERENCE,
@@ -54,6 +54,7 @@ from pipeline.task import Task
 # change an answer in fifteen or so, where two classes were nearly even.
 LEAST_AGREEMENT = {"fp16": 0.99, "int8": 0.9}
 NUM_LOOKED_AT = 64  # images of which every activation is looked at
+LARGER_BATCH = 16  # that is timed beside one image
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,12 @@ class Judge:
         awkward = torch.from_numpy(self.golden.pixels).permute(0, 3, 1, 2)
         images = torch.cat([repeat_to(self.dataset, LARGER_BATCH), awkward])  # (N, 3, H, W)
         wanted = _probabilities(ask_onnx(sessions["on"], images))
-        cases = []
-        for size, name, run in itertools.product((1, 2, 3, 7, len(images)), sessions, (1, 2)):
-            found = _probabilities(ask_onnx(sessions[name], images[:size]))
-            cases.append(ParityCase(size, name, run, max_abs(found, _first(wanted, size)), MOST_ABS[facts.precision]))
+        cases, repeats = list[ParityCase](), list[float]()
+        for size, name in itertools.product((1, 2, 3, 7, len(images)), sessions):
+            tries = [_probabilities(ask_onnx(sessions[name], images[:size])) for _ in range(2)]
+            for run, found in enumerate(tries, start=1):
+                cases.append(ParityCase(size, name, run, max_abs(found, _first(wanted, size)), MOST_ABS[facts.precision]))
+            repeats.append(max_abs(*tries))
         reference = math.nan  # numpy's float16 takes minutes for a network of ordinary size
         if facts.precision == "int8":
             found = _probabilities(ask_reference(content, images[:NUM_REFERENCE]))
@@ -168,6 +171,7 @@ class Judge:
             reference_max_abs=reference,
             precision=facts.precision,
             tolerance_reason=f"probabilities of {facts.precision} on any machine",
+            repeat_max_abs=max(repeats),
             allowed_accuracy_difference=self.config.max_drop,
         )
         return parity, dataclasses.replace(self.golden, probabilities=wanted["probabilities"][LARGER_BATCH:])

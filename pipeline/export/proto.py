@@ -42,6 +42,11 @@ def texts(model: onnx.ModelProto) -> Iterator[str]:
                 yield text if isinstance(text, str) else text.decode(errors="replace")
 
 
+def metadata(model: onnx.ModelProto) -> dict[str, str]:
+    """What the file says of itself, by key."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
 def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """What the nodes of the outermost graph can read as a constant, by its name."""
     found = {tensor.name: tensor for tensor in model.graph.initializer}

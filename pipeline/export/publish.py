@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import pipeline
-from pipeline.config import Config, Precision
+from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import GateError
@@ -92,7 +92,7 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
     require_calibratable(config, manifest)
     trained = Trained.load(config, manifest, spec, record)
     set_aside(config.run_dir / FOLDER)
-    model = export_graph(trained.network, trained.task, spec, config.export.opset, metadata_of(trained, "fp32"))
+    model = export_graph(trained.network, trained.task, spec, config.export.opset, metadata_of(trained))
     content = model.SerializeToString(deterministic=True)
     try:
         require_clean(model, spec, config.export.opset)
@@ -108,11 +108,11 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
     return parity
 
 
-def prove(trained: Trained, content: bytes, precision: Precision = "fp32") -> Parity:
+def prove(trained: Trained, content: bytes) -> Parity:
     """Compare the serialized model with the trained network, and that with its own evaluation. Raises GateError."""
     assert trained.record.best is not None
     sha256 = hashlib.sha256(content).hexdigest()
-    parity = compare(trained.network, trained.task, content, sha256, trained.dataset, trained.config.export, precision)
+    parity = compare(trained.network, trained.task, content, sha256, trained.dataset, trained.config.export)
     parity = dataclasses.replace(
         parity,
         checkpoint_sha256=trained.record.best["sha256"],
@@ -213,7 +213,7 @@ def golden_vectors(
     return GoldenVectors([*encoded], [*encoded.values()], pixels, answers)
 
 
-def metadata_of(trained: Trained, precision: Precision) -> dict[str, object]:
+def metadata_of(trained: Trained) -> dict[str, object]:
     """What a file of the trained network says of itself, under `shardline.`."""
     manifest, spec, record = trained.manifest, trained.spec, trained.record
     assert record.best is not None
@@ -230,7 +230,7 @@ def metadata_of(trained: Trained, precision: Precision) -> dict[str, object]:
         "git_commit": record.git["commit"] or "",
         "metrics": evaluation_of(trained),
         "license": trained.config.export.license,
-        "precision": precision,
+        "precision": "fp32",
         "versions": {
             "shardline": pipeline.__version__,
             "python": platform.python_version(),

@@ -25,8 +25,9 @@ from onnxruntime.quantization import calibrate
 from pipeline.config import Calibration, Precision
 from pipeline.errors import GateError, ShardlineError
 from pipeline.export.graph import PREFIX, strip_building_machine
+from pipeline.export.proto import metadata
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+WEIGHTED = ("Conv", "Gemm", "MatMul")
 LARGEST_FLOAT16 = 65504.0
 # What computes on 8-bit integers. Activation functions that are not here (sigmoid, GELU, ...) and attention stay in float32.
 INTEGER_OPERATORS = [
@@ -40,8 +41,7 @@ def with_precision(model: onnx.ModelProto, precision: Precision) -> onnx.ModelPr
     """A copy of `model` whose metadata names its precision."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    metadata = {entry.key: entry.value for entry in model.metadata_props} | {f"{PREFIX}precision": precision}
-    onnx.helper.set_model_props(copy, metadata)
+    onnx.helper.set_model_props(copy, metadata(model) | {f"{PREFIX}precision": precision})
     return copy
 
 
@@ -242,7 +242,7 @@ def to_int8(model: onnx.ModelProto, batches: Iterable[Images], calibration: Cali
         quantized = onnx.load(target)
     strip_building_machine(quantized)
     quantized.producer_name, quantized.producer_version = model.producer_name, model.producer_version
-    onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in integer.metadata_props})
+    quantized.metadata_props.extend(integer.metadata_props)
     return quantized
 
 

@@ -1,7 +1,7 @@
 """What a proved model is made into for others to run: a Triton model repository, and a page that runs it in a browser.
 
 A target holds copies of files that have passed the gate; nothing is exported anew for it. It is made whole or not at all, and
-goes when the model does, so keep nothing of your own in its folder.
+goes aside with its model when that is exported anew.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from pipeline.config import Target
 from pipeline.errors import ConfigError, GateError
 from pipeline.export.graph import PREFIX
 from pipeline.export.operators import operator_defects
+from pipeline.export.proto import metadata
 from pipeline.files import sha256_of, temporary_name
 from pipeline.golden import GOLDEN, GoldenVectors
 
@@ -56,16 +57,10 @@ def require_targets(targets: list[Target]) -> None:
         )
 
 
-def remove_targets(run_dir: Path) -> None:
-    """Remove the targets of a model that is about to be replaced."""
-    for folder in FOLDERS.values():
-        shutil.rmtree(run_dir / folder, ignore_errors=True)
-
-
 def make_targets(run_dir: Path, name: str, targets: list[Target], max_batch_size: int) -> list[Path]:
     """Make RUN/export/TARGET of each target from the published model, and return the files. `name` is the model's.
 
-    Raises GateError where a target does not execute what the model consists of.
+    Raises GateError where a file holds what no published one does.
     """
     made: list[Path] = []
     for target, folder in FOLDERS.items():
@@ -79,11 +74,12 @@ def make_targets(run_dir: Path, name: str, targets: list[Target], max_batch_size
     return made
 
 
-def _load_for(target: Target, path: Path) -> onnx.ModelProto:
+def _load(path: Path) -> onnx.ModelProto:
+    """A model that is to be copied. A form that somebody laid there is in no record of outputs, so nothing else looks at it."""
     model = onnx.load(path, load_external_data=False)
-    defects = [*operator_defects(model, target)]
+    defects = [*operator_defects(model)]
     if defects:
-        raise GateError(f"{path}: does not run on {target}: {'; '.join(defects)}. Leave it out of `export.targets`.")
+        raise GateError(f"{path}: was not published by `shardline export`: {'; '.join(defects)}. Remove it and export again.")
     return model
 
 
@@ -119,32 +115,27 @@ def _write_repository(repository: Path, export_dir: Path, name: str, max_batch_s
         folder = repository / safe_name(f"{name}_{precision}" if precision else name)
         (folder / "1").mkdir(parents=True)
         shutil.copyfile(model_path, folder / "1" / MODEL_NAME)
-        model = _load_for("triton", model_path)
-        metadata = _metadata_of(model)
-        class_names = json.loads(metadata["class_names"])
+        model = _load(model_path)
+        described = {key.removeprefix(PREFIX): value for key, value in metadata(model).items() if key.startswith(PREFIX)}
+        class_names = json.loads(described["class_names"])
         (folder / "labels.txt").write_text("".join(f"{' '.join(label.split())}\n" for label in class_names))
         (folder / "warmup").mkdir()
         photo = GoldenVectors.read(model_path.with_name(GOLDEN)).pixels[0]  # (H, W, 3)
         (folder / "warmup/image").write_bytes(np.ascontiguousarray(photo.transpose(2, 0, 1)).tobytes())
-        metadata["onnx_sha256"] = sha256_of(model_path)
-        (folder / "config.pbtxt").write_text(triton_config(folder.name, model, metadata, max_batch_size))
+        described["onnx_sha256"] = sha256_of(model_path)
+        (folder / "config.pbtxt").write_text(triton_config(folder.name, model, described, max_batch_size))
 
 
-def _metadata_of(model: onnx.ModelProto) -> dict[str, str]:
-    found = {entry.key: entry.value for entry in model.metadata_props}
-    return {key.removeprefix(PREFIX): value for key, value in found.items() if key.startswith(PREFIX)}
-
-
-def triton_config(name: str, model: onnx.ModelProto, metadata: dict[str, str], max_batch_size: int) -> str:
+def triton_config(name: str, model: onnx.ModelProto, described: dict[str, str], max_batch_size: int) -> str:
     """config.pbtxt of `model`: text of the message ModelConfig (triton-inference-server/common, model_config.proto)."""
     (image,) = model.graph.input
     labels = {"probabilities": ' label_filename: "labels.txt"'}
     outputs = ",\n".join(f"  {{ {_tensor(value)}{labels.get(value.name, '')} }}" for value in model.graph.output)
     sizes = [size for size in (4, 8, 16, 32, 64, 128) if size < max_batch_size] + [max_batch_size]
     parameters = "\n".join(
-        f"parameters {{ key: {_quoted(PREFIX + key)} value {{ string_value: {_quoted(metadata[key])} }} }}"
+        f"parameters {{ key: {_quoted(PREFIX + key)} value {{ string_value: {_quoted(described[key])} }} }}"
         for key in (*PARAMETERS, "onnx_sha256")
-        if metadata.get(key)
+        if described.get(key)
     )
     warmups = ",\n".join(
         f"  {{ name: {_quoted(f'batch of {size}')} batch_size: {size} inputs {{ key: {_quoted(image.name)} "
@@ -194,7 +185,7 @@ def _quoted(text: str) -> str:
 
 
 def _write_page(folder: Path, model_path: Path, name: str) -> None:
-    _load_for("web", model_path)
+    _load(model_path)
     for file in (*PAGE_FILES, *VENDORED):
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(PAGE / file, folder / file)

@@ -9,8 +9,7 @@ that (Higham and Mary 2019, "A new approach to probabilistic rounding error anal
 where L counts convolutions and products of matrices and n is the longest sum in one of them. The 1 is the absolute part: a
 logit near 0 is the difference of larger numbers. Most sums are shorter than the longest, and eps is the largest rounding, so
 true models stay far below: at 3 % of it for a trained small CNN, below 1 % for twelve families of networks with fresh weights.
-float16 has eps = 2**-10, and n is 1, because runtimes add up in float32 and only each layer's result is rounded. Weights
-trained in bfloat16 are exported, and compared, in float32.
+Weights trained in bfloat16 are exported, and compared, in float32.
 """
 
 import math
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from pipeline.config import Precision
 from pipeline.export.proto import constants, nodes
 
 WEIGHTED = ("Conv", "Gemm", "MatMul", "Einsum")
@@ -39,15 +37,14 @@ class Tolerance:
         return self.absolute + self.relative * scale
 
 
-def tolerance_of(model: onnx.ModelProto, chosen: float | None, precision: Precision = "fp32") -> Tolerance:
+def tolerance_of(model: onnx.ModelProto, chosen: float | None) -> Tolerance:
     """What is allowed of `model`: the number that somebody chose (`export.tolerance`), or what its arithmetic explains."""
     if chosen is not None:
         return Tolerance(chosen, 0.0, "export.tolerance")
     layers = max(1, sum(node.op_type in WEIGHTED for node in nodes(model)))
-    kind, longest = (np.float16, 1) if precision == "fp16" else (np.float32, max(_sums(model), default=1))
-    name, eps = np.dtype(kind).name, float(np.finfo(kind).eps)
+    longest, eps = max(_sums(model), default=1), float(np.finfo(np.float32).eps)
     relative = eps * math.sqrt(layers * longest)
-    reason = f"{name}: {eps:.3g} * sqrt({layers} layers * sums of {longest:,}) * (1 + the largest logit)"
+    reason = f"float32: {eps:.3g} * sqrt({layers} layers * sums of {longest:,}) * (1 + the largest logit)"
     return Tolerance(relative, relative, reason)
 
 

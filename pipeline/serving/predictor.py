@@ -151,7 +151,7 @@ def prove(predictor: Predictor) -> dict[str, str]:
         "classes": f"{len(predictor.class_names)}: {', '.join(predictor.class_names[:10])}",
         "input": f"{spec.fixed_size[0]} x {spec.fixed_size[1]} RGB",
         "precision": predictor.precision,
-        **_accuracy_of(path, predictor.metrics),
+        **_accuracy_of(path, predictor.metrics, predictor.precision),
         "proof": proof,
         "replayed": replayed,
         "licence": predictor.license or "not stated",
@@ -160,12 +160,13 @@ def prove(predictor: Predictor) -> dict[str, str]:
     }
 
 
-def _accuracy_of(path: Path, metrics: Any) -> dict[str, str]:
+def _accuracy_of(path: Path, metrics: Any, precision: str) -> dict[str, str]:
     """What the evaluation of the trained network measured; nothing where the model was exported without one."""
     if metrics == {}:
         return {}
+    whose = "" if precision == "fp32" else " (of the trained network)"  # a smaller form may lose some of it
     try:
-        return {"accuracy": f"{metrics['accuracy']:.4f} on {metrics['num_samples']:,} images of {metrics['split']}"}
+        return {"accuracy": f"{metrics['accuracy']:.4f} on {metrics['num_samples']:,} images of {metrics['split']}{whose}"}
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: its metrics cannot be read ({error}). Export it again.") from error
 

@@ -270,13 +270,12 @@ def export(argv: list[str]) -> int:
         if has_model and has_targets:
             _require_precisions(config)
             return up_to_date("export", config.run_dir / "export")
-        from pipeline.export.targets import remove_targets, require_targets
+        from pipeline.export.targets import require_targets
 
         require_targets(config.export.targets)
         facts = {}
         if not has_model:
             record.best_checkpoint()
-            remove_targets(config.run_dir)
             facts = _export_model(config, manifest, spec, record)
         facts |= _make_targets(config, manifest, record)
     model_path = config.run_dir / "export/model.onnx"

@@ -1,6 +1,5 @@
 """The page that runs a model in the browser (export.targets: [web]), as a person uses it."""
 
-import io
 import json
 import re
 import shutil
@@ -18,10 +17,11 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from pipeline.export.targets import PAGE, VENDORED
-from pipeline.golden import GoldenVectors
+from pipeline.golden import MOST_ABS
 from tests import browser as parts
 from tests.browser import Browser, browser
-from tests.processes import shardline
+from tests.photos import golden_photos
+from tests.processes import shardline, wait_until
 from tests.web import web_server
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def vendored() -> None:
 def exported(
     vendored: None, workspace: Path, chain: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
-    """A folder with the digits' run, and what `export` said when it was asked for the page alone."""
+    """A folder with the digits' run, and what `export` said when it was asked for both targets."""
     folder = tmp_path_factory.mktemp("exported")
     for name in ("data/digits", "runs/digits"):
         shutil.copytree(workspace / name, folder / name)
@@ -114,17 +114,6 @@ def answered(page: "Tab", name: str) -> "Locator":
     return card
 
 
-def photos_of(export_dir: Path, folder: Path) -> list[Path]:
-    """The golden images of the model, one of each awkward kind, as files."""
-    golden = GoldenVectors.read(export_dir / "golden.npz")
-    paths = []
-    for kind, encoded in zip(golden.kinds, golden.encoded, strict=True):
-        form = Image.open(io.BytesIO(encoded)).format
-        paths.append(folder / f"{kind}.{str(form).lower()}")
-        paths[-1].write_bytes(encoded)
-    return paths
-
-
 # ---- making it ----
 
 
@@ -158,12 +147,12 @@ def test_the_same_tensor_has_the_same_probabilities_as_in_onnxruntime(opened: Br
     (wanted,) = session.run(["probabilities"], {"image": images})  # (N, K)
     script = "async (values) => [...await shardline.ask(Uint8Array.from(values), values.length / 768)]"
     found = np.array(opened.page.evaluate(script, images.ravel().tolist())).reshape(wanted.shape)
-    # Float32 sums in another order; 1e-4 is what the parity of the export allows.
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+    # Float32 sums in another order, as on any other machine.
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=MOST_ABS["fp32"])
 
 
 def test_photos_of_awkward_kinds_have_the_answers_of_predict(opened: Browser, export_dir: Path, tmp_path: Path) -> None:
-    photos = photos_of(export_dir, tmp_path)
+    photos = golden_photos(export_dir / "golden.npz", tmp_path)
     said = shardline("predict", str(export_dir / "model.onnx"), *map(str, photos), "--json", cwd=tmp_path)
     wanted: list[dict[str, Any]] = json.loads(said.stdout)
     for answer, card in zip(wanted, choose(opened.page, *photos), strict=True):
@@ -243,7 +232,7 @@ def colour_model() -> onnx.ModelProto:
 
 
 def test_a_damaged_file_is_a_message_and_the_next_photo_an_answer(opened: Browser, export_dir: Path, tmp_path: Path) -> None:
-    whole = next(path for path in photos_of(export_dir, tmp_path) if path.stem == "jpeg")
+    whole = next(path for path in golden_photos(export_dir / "golden.npz", tmp_path) if path.stem == "jpeg")
     damaged = tmp_path / "damaged.jpg"
     damaged.write_bytes(whole.read_bytes()[:-40])
     complaint, answer = choose(opened.page, damaged, whole)
@@ -252,8 +241,22 @@ def test_a_damaged_file_is_a_message_and_the_next_photo_an_answer(opened: Browse
     assert answer.locator(".bars li").count() == 5
 
 
+def test_photos_are_shown_and_the_page_lets_go_of_their_files(opened: Browser, export_dir: Path, tmp_path: Path) -> None:
+    opened.page.evaluate("""() => {
+      const revoke = URL.revokeObjectURL.bind(URL);
+      window.revoked = [];
+      URL.revokeObjectURL = (url) => { window.revoked.push(url); revoke(url); };
+    }""")
+    (tmp_path / "text.jpg").write_text("not an image")
+    cards = choose(opened.page, *golden_photos(export_dir / "golden.npz", tmp_path), tmp_path / "text.jpg")
+    photos = [card.locator(".photo") for card in cards]
+    urls = sorted(str(photo.get_attribute("src")) for photo in photos)
+    wait_until(lambda: sorted(opened.page.evaluate("window.revoked")) == urls, "every photo to be loaded or refused")
+    assert [photo.evaluate("(photo) => photo.naturalWidth > 0") for photo in photos] == [True] * (len(photos) - 1) + [False]
+
+
 def test_photos_may_be_dropped_and_pasted(opened: Browser, export_dir: Path, tmp_path: Path) -> None:
-    photo = photos_of(export_dir, tmp_path)[0]
+    photo = golden_photos(export_dir / "golden.npz", tmp_path)[0]
     script = """([event, name, bytes]) => {
       const data = new DataTransfer();
       data.items.add(new File([Uint8Array.from(bytes)], name));
@@ -274,7 +277,7 @@ def test_the_keyboard_reaches_the_photos_and_shows_where_it_is(opened: Browser) 
 
 
 def test_the_same_photo_may_be_chosen_twice(opened: Browser, export_dir: Path, tmp_path: Path) -> None:
-    photo = photos_of(export_dir, tmp_path)[0]
+    photo = golden_photos(export_dir / "golden.npz", tmp_path)[0]
     choose(opened.page, photo)
     opened.page.locator("#files").set_input_files(photo)
     see(opened.page.locator(".answer").nth(1))
@@ -309,7 +312,7 @@ def test_a_phone_has_a_camera_and_no_sideways_scrolling(opened: Browser, export_
     page.goto(opened.page.url)
     see(page.get_by_text("Take a photo"))
     assert page.locator("#camera").get_attribute("capture") == "environment"
-    choose(page, *photos_of(export_dir, tmp_path)[:3])
+    choose(page, *golden_photos(export_dir / "golden.npz", tmp_path)[:3])
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.screenshot(path=opened.screenshots / "page-phone.png")
     phone.close()

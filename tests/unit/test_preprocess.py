@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import json
 import struct
 import zlib
@@ -15,24 +14,10 @@ from pipeline.config import PreprocessConfig
 from pipeline.errors import ConfigError, DataError, ModelError
 from pipeline.manifest import ImageStats
 from pipeline.preprocess import PreprocessSpec, build_spec, decode_image, spec_from_dict
+from tests.photos import AS_STORED, encode
 
 Pixels = npt.NDArray[np.uint8]
-AS_STORED = PreprocessSpec(
-    resize=None,
-    crop=None,
-    interpolation="bilinear",
-    antialias=True,
-    mean=[0.5, 0.5, 0.5],
-    std=[0.25, 0.25, 0.25],
-    resize_mode="shortest",
-)
 STATS = ImageStats("train", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
-
-
-def encode(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def counting(height: int, width: int) -> Pixels:

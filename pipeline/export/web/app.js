@@ -82,7 +82,11 @@ function takePhotos(metadata) {
 async function look(file, metadata) {
   const card = element("answer").content.cloneNode(true).firstElementChild;
   const photo = card.querySelector(".photo");
-  photo.onerror = () => { photo.hidden = true; };
+  photo.onload = () => URL.revokeObjectURL(photo.src);
+  photo.onerror = () => {
+    photo.hidden = true;
+    URL.revokeObjectURL(photo.src);
+  };
   photo.src = URL.createObjectURL(file);
   card.querySelector(".source").textContent = file.name;
   element("answers").prepend(card);

@@ -16,7 +16,7 @@ from pipeline.export.quantize import to_float16
 from pipeline.golden import GoldenVectors
 from pipeline.verbs.machine import bench as bench_verb
 from tests.unit.conftest import THREE_CLASSES
-from tests.unit.export.given import change
+from tests.unit.export.sabotage import change_weight, node_of, weight_of
 
 
 @pytest.fixture
@@ -69,8 +69,7 @@ def test_a_contender_that_answers_otherwise_is_not_timed(
 ) -> None:
     other = to_float16(exported_model)
     (last,) = [node for node in other.graph.node if node.op_type == "Gemm"]
-    (weight,) = [tensor for tensor in other.graph.initializer if tensor.name == last.input[1]]
-    weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
+    change_weight(weight_of(other, last), lambda values: -values)
     leave(model_path.parent / "fp16", other, golden)
     found = bench_model(model_path, tmp_path / "out", rounds=1)
     assert "onnxruntime fp16" not in {figures.contender for figures in found.figures}
@@ -81,8 +80,7 @@ def test_a_model_that_is_not_what_it_was_is_an_error_and_not_a_figure(
     model_path: Path, exported_model: onnx.ModelProto, tmp_path: Path
 ) -> None:
     changed = onnx.load(model_path)
-    (last,) = [node for node in changed.graph.node if node.op_type == "Gemm"]
-    change(changed, last.input[1], lambda values: -values)
+    change_weight(weight_of(changed, node_of(changed, "logits")), lambda values: -values)
     model_path.write_bytes(changed.SerializeToString())
     with pytest.raises(ModelError, match=r"model\.onnx: answers otherwise: .* `shardline verify` says more"):
         bench_model(model_path, tmp_path / "out", rounds=1)

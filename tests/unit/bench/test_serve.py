@@ -1,7 +1,10 @@
 import dataclasses
 import json
 import os
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -57,6 +60,17 @@ def test_a_server_with_other_answers_is_no_contender(tmp_path: Path) -> None:
         require_right(predictor, image, said(answer.label, answer.probability + 0.01))
     with pytest.raises(RuntimeError, match="answered 503"):
         require_right(predictor, image, said(answer.label, answer.probability, 503))
+
+
+@pytest.mark.parametrize(("said", "reason"), [("", "ended with -9"), ("Traceback\nOSError: no port\n", "OSError: no port")])
+def test_clients_that_break_down_are_an_error_that_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, reason: str
+) -> None:
+    done = subprocess.CompletedProcess([], -9, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: done)
+    server: Any = SimpleNamespace(port=1, cpu_seconds=lambda: 0.0)
+    with pytest.raises(RuntimeError, match=f"^16 clients: {reason}$"):
+        serve._load(server, tmp_path, clients=16, seconds=1.0)
 
 
 def test_one_core_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

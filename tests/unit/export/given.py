@@ -1,39 +1,29 @@
 """What the tests of the smaller forms start from."""
 
-from collections.abc import Callable
+import copy
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
+from tests.unit.export.sabotage import change_weight, weight_of
+
 Images = npt.NDArray[np.uint8]
-
-
-def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
-
-
-def change(model: onnx.ModelProto, name: str, edit: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> None:
-    """Edit the initializer `name`."""
-    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
-    tensor.CopyFrom(onnx.numpy_helper.from_array(edit(onnx.numpy_helper.to_array(tensor)).astype(np.float32), name))
 
 
 def scale_between(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
     """The same function with the activations between the first two convolutions `factor` times as large."""
-    scaled = copy_of(model)
+    scaled = copy.deepcopy(model)
     first, second = [node for node in scaled.graph.node if node.op_type == "Conv"][:2]
-    for name in first.input[1:]:
-        change(scaled, name, lambda values: values * np.float32(factor))
-    change(scaled, second.input[1], lambda values: values / np.float32(factor))
+    for place in (1, 2):
+        change_weight(weight_of(scaled, first, place), lambda values: values * np.float32(factor))
+    change_weight(weight_of(scaled, second), lambda values: values / np.float32(factor))
     return scaled
 
 
 def shrink_between(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same function with one activation made 2**26 times smaller and then as large as before."""
-    shrunk = copy_of(model)
+    shrunk = copy.deepcopy(model)
     place = next(number for number, node in enumerate(shrunk.graph.node) if node.op_type == "Relu")
     name = shrunk.graph.node[place].output[0]
     shrunk.graph.node[place].output[0] = f"{name}.0"
@@ -43,7 +33,3 @@ def shrink_between(model: onnx.ModelProto) -> onnx.ModelProto:
         node = onnx.helper.make_node("Mul", [f"{name}.{step}", f"factor.{step}"], [made], name=f"shrink.{step}")
         shrunk.graph.node.insert(place + 1 + step, node)
     return shrunk
-
-
-def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in model.metadata_props}

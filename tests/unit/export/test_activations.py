@@ -1,3 +1,4 @@
+import copy
 import re
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from pipeline.export.quantize import to_float16
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from tests.unit.export.given import scale_between, shrink_between
+from tests.unit.export.sabotage import change_weight, weight_of
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,14 @@ def test_activations_that_float16_cannot_hold_are_found_though_the_answers_are_r
     np.testing.assert_allclose(seen["probabilities"], wanted["probabilities"], rtol=0, atol=0.015)
     (defect,) = float16_defects(model, half, images)
     assert re.match(reason, defect)
+
+
+def test_an_activation_that_is_no_number_does_not_fit_float16(exported_model: onnx.ModelProto, images: torch.Tensor) -> None:
+    broken = copy.deepcopy(exported_model)
+    first = next(node for node in broken.graph.node if node.op_type == "Conv")
+    change_weight(weight_of(broken, first), lambda weights: weights * np.float32("nan"))
+    (defect,) = float16_defects(broken, to_float16(exported_model), images)
+    assert re.match(r"float16 overflows: on real images `\w+` reaches inf, ", defect)
 
 
 def test_values_outside_of_their_range_are_counted(exported_model: onnx.ModelProto, images: torch.Tensor) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import onnx
 import pytest
@@ -47,6 +48,15 @@ def test_a_file_that_contradicts_its_training_is_refused(
 ) -> None:
     change(model)
     with pytest.raises(GateError, match=f"the exported file contradicts its training: {reason}"):
+        require_contract(model, manifest, THREE_CLASSES, tiny_spec)
+
+
+@pytest.mark.parametrize("names", [["blue", "green"], ["blue", "green", "red", "white"]])
+def test_a_class_list_that_begins_as_that_of_the_data_is_refused_by_its_length(
+    model: onnx.ModelProto, manifest: DatasetManifest, tiny_spec: PreprocessSpec, names: list[str]
+) -> None:
+    sabotage.set_metadata(model, "class_names", json.dumps(names))
+    with pytest.raises(GateError, match=f"it has {len(names)} classes, the data set 3"):
         require_contract(model, manifest, THREE_CLASSES, tiny_spec)
 
 

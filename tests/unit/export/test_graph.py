@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.config import ModelConfig
 from pipeline.export.graph import export_graph
 from pipeline.export.lint import require_clean
-from pipeline.export.proto import nodes, parts
+from pipeline.export.proto import metadata, nodes, parts
 from pipeline.models.normalize import Normalize
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import PreprocessSpec
@@ -44,7 +44,7 @@ def test_no_part_of_the_graph_keeps_what_the_exporter_noted_on_it(model: onnx.Mo
 
 
 def test_the_metadata_carries_what_serving_needs(model: onnx.ModelProto, tiny_spec: PreprocessSpec) -> None:
-    found = {entry.key: entry.value for entry in model.metadata_props}
+    found = metadata(model)
     assert found["shardline.class_names"] == '["blue", "green", "red"]'
     assert found["shardline.preprocess_hash"] == tiny_spec.hash()
     assert all(key.startswith("shardline.") for key in found)

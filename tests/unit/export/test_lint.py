@@ -35,7 +35,7 @@ def test_the_true_model_is_clean(exported_model: onnx.ModelProto, tiny_spec: Pre
         (sabotage.keep_a_constant_of_a_branch_elsewhere, r"it keeps weights in another file \(c\)"),
         (sabotage.keep_sparse_weights_elsewhere, r"it keeps weights in another file \(sparse\)"),
         (sabotage.use_a_private_operator, "it uses operators of com.acme, which other runtimes lack"),
-        (sabotage.use_a_rare_operator, "it uses Det, which are not among the operators that onnxruntime is known to execute"),
+        (sabotage.use_a_rare_operator, "it uses Det, which are not among the operators that every runtime is known to execute"),
         (sabotage.leak_in_a_note, "it holds the path .*/pipeline/models of the machine that built it"),
         (sabotage.leak_in_a_name, "it holds the path /home/somebody/shardline/network/conv1 of the machine"),
         (sabotage.leak_in_a_nodes_metadata, r"it holds the path models/network\.py of the machine"),

@@ -141,7 +141,11 @@ def test_a_network_whose_own_answers_are_no_numbers_is_refused(
     broken = copy.deepcopy(tiny_network)
     with torch.no_grad():
         broken.get_parameter("classifier.2.weight")[0] = float("nan")
-    assert ask(broken, model, dataset).reason == "the trained network itself gives answers that are no numbers"
+    parity = ask(broken, model, dataset)
+    assert parity.reason == "the trained network itself gives answers that are no numbers"
+    assert {case.max_abs for case in parity.cases} == {np.inf}
+    assert parity.reference_max_abs == np.inf
+    assert "(largest difference inf, " in describe_failure(parity)
     last = sabotage.weight_of(model, sabotage.node_of(model, "logits"))
     sabotage.change_weight(last, lambda weight: np.concatenate([weight[:1] * np.nan, weight[1:]]))
     alike = ask(broken, model, dataset)
@@ -186,9 +190,7 @@ def test_another_class_fails_however_wide_the_tolerance(
     tiny_network: nn.Sequential, exported_model: onnx.ModelProto, dataset: ShardDataset
 ) -> None:
     model = copy.deepcopy(exported_model)
-    (last,) = [node for node in model.graph.node if "logits" in node.output]
-    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == last.input[1]]
-    weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
+    sabotage.change_weight(sabotage.weight_of(model, sabotage.node_of(model, "logits")), lambda weights: -weights)
     wide = dataclasses.replace(CONFIG, tolerance=1e9)
     parity = compare(tiny_network, THREE_CLASSES, model.SerializeToString(), "s" * 64, dataset, wide)
     assert all(case.max_abs <= case.tolerance for case in parity.cases)

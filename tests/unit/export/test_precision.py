@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import signal
 import subprocess
 from collections.abc import Iterable
@@ -6,14 +7,17 @@ from typing import Literal
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 
 from pipeline.config import ExportConfig
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import GateError
 from pipeline.export import precision
+from pipeline.export.diagnosis import Outputs
 from pipeline.export.latency import Latency
-from pipeline.export.parity import Parity, ParityCase
+from pipeline.export.parity import Parity, ParityCase, ask_onnx
 from pipeline.export.precision import Figures, Form, Judge, PrecisionResult
 from pipeline.golden import GoldenVectors
 from pipeline.manifest import DatasetManifest
@@ -92,6 +96,23 @@ def test_a_form_is_published_with_a_proof_and_golden_vectors_of_its_own(judge: J
     assert (form.golden.pixels == judge.golden.pixels).all()
     np.testing.assert_allclose(form.golden.probabilities.sum(axis=1), 1, rtol=0, atol=1e-5)
     assert forms(only(judge, "int8"), calibration)["int8"].content == form.content, "the same file every time"
+
+
+def test_the_proof_of_a_form_says_how_far_two_runs_of_this_very_form_lie_apart(
+    judge: Judge, calibration: list[Images], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steady = dataclasses.replace(only(judge, "int8"), proof=dataclasses.replace(judge.proof, repeat_max_abs=0.5))
+    (parity,) = [form.parity for form in forms(steady, calibration).values() if form.parity]
+    assert parity.repeat_max_abs < 1e-6, "that of fp32 is not handed on"
+    noise = itertools.cycle([0.0, 0.003])
+
+    def ask_noisily(session: onnxruntime.InferenceSession, images: torch.Tensor) -> Outputs:
+        answers = ask_onnx(session, images)
+        return {**answers, "probabilities": answers["probabilities"] + np.float32(next(noise))}
+
+    monkeypatch.setattr(precision, "ask_onnx", ask_noisily)
+    (parity,) = [form.parity for form in forms(steady, calibration).values() if form.parity]
+    assert parity.repeat_max_abs == pytest.approx(0.003, abs=1e-6)
 
 
 def test_calibration_on_black_images_is_refused_with_its_own_reason(judge: Judge, calibration: list[Images]) -> None:

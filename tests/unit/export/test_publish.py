@@ -14,10 +14,12 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.data.dataset import ShardDataset
-from pipeline.errors import GateError, ModelError, RunError
-from pipeline.export import precision, publish
+from pipeline.errors import ConfigError, GateError, ModelError, RunError
+from pipeline.export import precision, proto, publish
 from pipeline.export.graph import _as_text
 from pipeline.export.latency import Latency
+from pipeline.export.parity import Parity
+from pipeline.export.targets import make_targets
 from pipeline.files import sha256_of, write_json
 from pipeline.golden import GoldenVectors
 from pipeline.manifest import DatasetManifest
@@ -76,6 +78,21 @@ def record(
     return record
 
 
+Export = Callable[..., Parity]
+
+
+@pytest.fixture
+def export(
+    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
+) -> Export:
+    """Publishes the run, with another configuration where one is given."""
+
+    def run(config: Config = tiny_config) -> Parity:
+        return publish.export(config, tiny_dataset, tiny_spec, record)
+
+    return run
+
+
 Exporter = Callable[..., onnx.ModelProto]
 
 
@@ -109,9 +126,14 @@ def exports(config: Config) -> list[str]:
 
 
 def test_a_proved_model_is_published_and_tracked(
-    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
+    export: Export,
+    tiny_config: Config,
+    tiny_dataset: DatasetManifest,
+    tiny_spec: PreprocessSpec,
+    record: RunRecord,
+    tracker: Tracker,
 ) -> None:
-    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    export()
     assert exports(tiny_config) == ["example.npy", "golden.npz", "model.onnx", "parity.json"]
     parity = json.loads((tiny_config.run_dir / publish.PARITY).read_text())
     assert parity["passed"]
@@ -120,7 +142,7 @@ def test_a_proved_model_is_published_and_tracked(
     inputs = record.inputs_of("export", tiny_config, "test")
     assert record.stage_is_done("export", inputs)
     assert record.best is not None
-    metadata = {entry.key: entry.value for entry in onnx.load(tiny_config.run_dir / publish.MODEL).metadata_props}
+    metadata = proto.metadata(onnx.load(tiny_config.run_dir / publish.MODEL))
     assert set(metadata) == {f"shardline.{name}" for name in METADATA}
     assert metadata["shardline.checkpoint_sha256"] == record.best["sha256"]
     assert metadata["shardline.data_digest"] == tiny_dataset.digest
@@ -135,10 +157,8 @@ def test_a_proved_model_is_published_and_tracked(
 
 
 @pytest.mark.usefixtures("quick_export")
-def test_verify_replays_the_golden_vectors_of_the_trained_network(
-    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
-) -> None:
-    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+def test_verify_replays_the_golden_vectors_of_the_trained_network(export: Export, tiny_config: Config) -> None:
+    export()
     model, golden = tiny_config.run_dir / publish.MODEL, tiny_config.run_dir / publish.GOLDEN_PATH
     assert verify_model(model)["replayed"].startswith("11 images of awkward kinds: the same pixels, probabilities within ")
     with golden.open("ab") as file:
@@ -154,14 +174,14 @@ def test_verify_replays_the_golden_vectors_of_the_trained_network(
 
 @pytest.mark.usefixtures("quick_export")
 def test_the_model_is_registered_with_where_it_came_from_and_how_good_it_is(
-    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
+    export: Export, tiny_config: Config, tiny_dataset: DatasetManifest, record: RunRecord, tracker: Tracker
 ) -> None:
     assert record.best is not None
     result = {"split": "test", "num_samples": 12, "accuracy": 0.0, "checkpoint_sha256": record.best["sha256"], "recall": {}}
     write_json(tiny_config.run_dir / RESULT, result)
     licensed = dataclasses.replace(tiny_config, export=dataclasses.replace(tiny_config.export, license="CC-BY-4.0"))
-    publish.export(licensed, tiny_dataset, tiny_spec, record)
-    metadata = {entry.key: entry.value for entry in onnx.load(tiny_config.run_dir / publish.MODEL).metadata_props}
+    export(licensed)
+    metadata = proto.metadata(onnx.load(tiny_config.run_dir / publish.MODEL))
     assert json.loads(metadata["shardline.metrics"]) == {"split": "test", "num_samples": 12, "accuracy": 0.0}
     assert metadata["shardline.license"] == "CC-BY-4.0"
     facts = verify_model(tiny_config.run_dir / publish.MODEL)
@@ -184,7 +204,7 @@ def test_the_model_is_registered_with_where_it_came_from_and_how_good_it_is(
     assert example.std() > 5  # a picture, not an empty one
 
     write_json(tiny_config.run_dir / RESULT, {**result, "checkpoint_sha256": "0" * 64})
-    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    export()
     assert tracker.models[1]["description"].startswith("not evaluated before its export; ")
     assert "accuracy" not in tracker.models[1]["tags"]
 
@@ -202,16 +222,15 @@ SABOTAGE: list[tuple[Change, str]] = [
     (sabotage.keep_a_constant_elsewhere, "it keeps weights in another file"),
     (sabotage.leak_in_a_note, "it holds the path .* of the machine that built it"),
     (sabotage.draw_noise, r"node noise \(RandomNormalLike\) draws random numbers"),
-    (sabotage.use_a_rare_operator, "it uses Det, which are not among the operators that onnxruntime"),
+    (sabotage.use_a_rare_operator, "it uses Det, which are not among the operators that every runtime"),
     (sabotage.change_a_weight, "its answers differ by "),
 ]
 
 
 @pytest.mark.parametrize(("change", "reason"), SABOTAGE, ids=[change.__name__ for change, _ in SABOTAGE])
 def test_each_mistake_is_refused_for_its_own_reason_and_costs_no_earlier_model(
+    export: Export,
     tiny_config: Config,
-    tiny_dataset: DatasetManifest,
-    tiny_spec: PreprocessSpec,
     record: RunRecord,
     tracker: Tracker,
     monkeypatch: pytest.MonkeyPatch,
@@ -219,12 +238,12 @@ def test_each_mistake_is_refused_for_its_own_reason_and_costs_no_earlier_model(
     change: Change,
     reason: str,
 ) -> None:
-    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    export()
     earlier = (tiny_config.run_dir / publish.MODEL).read_bytes()
     tracker.models.clear()
     monkeypatch.setattr(publish, "export_graph", damaged(quick_export, change))
     with pytest.raises(GateError, match=rf"{reason}.* Nothing was published; see .*parity-refused\.json") as refusal:
-        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+        export()
     assert refusal.value.exit_code == 3
     assert sum(bool(re.search(other, str(refusal.value))) for other in {other for _, other in SABOTAGE}) == 1, "one reason"
     assert exports(tiny_config) == ["parity-refused.json"]
@@ -241,9 +260,8 @@ def test_each_mistake_is_refused_for_its_own_reason_and_costs_no_earlier_model(
 
 @pytest.mark.parametrize("change", [sabotage.draw_noise, sabotage.add_training_dropout])
 def test_noise_that_got_past_the_lint_is_refused_by_asking_twice(
+    export: Export,
     tiny_config: Config,
-    tiny_dataset: DatasetManifest,
-    tiny_spec: PreprocessSpec,
     record: RunRecord,
     tracker: Tracker,
     monkeypatch: pytest.MonkeyPatch,
@@ -253,7 +271,7 @@ def test_noise_that_got_past_the_lint_is_refused_by_asking_twice(
     monkeypatch.setattr(publish, "export_graph", damaged(quick_export, change))
     monkeypatch.setattr(publish, "require_clean", lambda *arguments: None)
     with pytest.raises(GateError, match="it answers the same images otherwise each time: something in it is random"):
-        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+        export()
     assert (exports(tiny_config), tracker.models) == (["parity-refused.json"], [])
 
 
@@ -270,64 +288,47 @@ def save_best(record: RunRecord, weights: dict[str, torch.Tensor]) -> None:
 
 
 def test_a_network_that_was_given_another_mean_is_refused(
-    tiny_config: Config,
-    tiny_dataset: DatasetManifest,
-    tiny_spec: PreprocessSpec,
-    record: RunRecord,
-    tracker: Tracker,
-    tiny_network: nn.Sequential,
+    export: Export, tiny_config: Config, record: RunRecord, tracker: Tracker, tiny_network: nn.Sequential
 ) -> None:
     save_best(record, {**tiny_network.state_dict(), "normalize.mean": torch.full((1, 3, 1, 1), 0.7)})
     with pytest.raises(GateError, match="its normalisation is not that of its preprocessing: level "):
-        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+        export()
     assert (exports(tiny_config), tracker.models) == (["parity-refused.json"], [])
 
 
 @pytest.mark.usefixtures("quick_export")
 def test_a_network_that_is_not_as_good_as_its_evaluation_says_is_refused(
-    tiny_config: Config,
-    tiny_dataset: DatasetManifest,
-    tiny_spec: PreprocessSpec,
-    record: RunRecord,
-    tracker: Tracker,
-    monkeypatch: pytest.MonkeyPatch,
+    export: Export, tiny_config: Config, record: RunRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = publish.export(tiny_config, tiny_dataset, tiny_spec, record).accuracy["torch"]
+    right = export().accuracy["torch"]
     assert record.best is not None
     result = {"split": "test", "num_samples": 12, "accuracy": right, "checkpoint_sha256": record.best["sha256"]}
     write_json(tiny_config.run_dir / RESULT, result)
-    parity = publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    parity = export()
     assert parity.evaluation == {"accuracy": right, "allowed_difference": 1 / 12}
 
     # The images reach network and file alike as other ones than in the evaluation: here nearly all black.
     image = ShardDataset.image
     monkeypatch.setattr(ShardDataset, "image", lambda dataset, index: image(dataset, index) // 64)
     with pytest.raises(GateError, match=r"^the trained network is right on .* of the images here, but its evaluation says"):
-        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+        export()
     write_json(tiny_config.run_dir / RESULT, {**result, "checkpoint_sha256": "0" * 64})
-    assert publish.export(tiny_config, tiny_dataset, tiny_spec, record).evaluation == {}, "it is of another checkpoint"
+    assert export().evaluation == {}, "it is of another checkpoint"
 
 
 @pytest.mark.usefixtures("quick_export")
-def test_a_graph_that_fails_its_lint_is_not_published(
-    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
-) -> None:
+def test_a_graph_that_fails_its_lint_is_not_published(export: Export, tiny_config: Config) -> None:
     other: Any = dataclasses.replace(tiny_config, export=dataclasses.replace(tiny_config.export, opset=21))
     with pytest.raises(GateError, match="its opset is 20, not 21"):
-        publish.export(other, tiny_dataset, tiny_spec, record)
+        export(other)
     assert exports(tiny_config) == ["parity-refused.json"]
 
 
 @pytest.mark.usefixtures("quick_export")
 def test_an_export_that_breaks_down_leaves_the_earlier_model_aside_and_none_in_its_place(
-    tiny_config: Config,
-    tiny_dataset: DatasetManifest,
-    tiny_spec: PreprocessSpec,
-    record: RunRecord,
-    tracker: Tracker,
-    monkeypatch: pytest.MonkeyPatch,
+    export: Export, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    export()
     earlier = (tiny_config.run_dir / publish.MODEL).read_bytes()
 
     def break_down(*arguments: object) -> onnx.ModelProto:
@@ -335,7 +336,7 @@ def test_an_export_that_breaks_down_leaves_the_earlier_model_aside_and_none_in_i
 
     monkeypatch.setattr(publish, "export_graph", break_down)
     with pytest.raises(RuntimeError, match="broke down"):
-        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+        export()
     assert exports(tiny_config) == []
     (aside,) = tiny_config.run_dir.glob("export.*")
     assert (aside / "model.onnx").read_bytes() == earlier
@@ -343,15 +344,13 @@ def test_an_export_that_breaks_down_leaves_the_earlier_model_aside_and_none_in_i
 
 
 @pytest.mark.usefixtures("quick_export")
-def test_a_checkpoint_that_is_not_what_training_left_costs_no_published_model(
-    tiny_config: Config, tiny_dataset: DatasetManifest, tiny_spec: PreprocessSpec, record: RunRecord, tracker: Tracker
-) -> None:
-    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+def test_a_checkpoint_that_is_not_what_training_left_costs_no_published_model(export: Export, tiny_config: Config) -> None:
+    export()
     before = exports(tiny_config)
     with (tiny_config.run_dir / BEST).open("ab") as file:
         file.write(b"more")
     with pytest.raises(RunError, match=r"best\.ckpt: is not the file that training left"):
-        publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+        export()
     assert exports(tiny_config) == before
     assert {"model.onnx", "parity.json"} <= set(before)
 
@@ -373,14 +372,9 @@ def with_forms(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 @pytest.mark.usefixtures("quick_export")
 def test_smaller_forms_have_folders_of_their_own_that_verify_and_predict_take(
-    with_forms: Config,
-    tiny_dataset: DatasetManifest,
-    tiny_spec: PreprocessSpec,
-    record: RunRecord,
-    tracker: Tracker,
-    tiny_source: Path,
+    export: Export, with_forms: Config, tiny_dataset: DatasetManifest, record: RunRecord, tracker: Tracker, tiny_source: Path
 ) -> None:
-    publish.export(with_forms, tiny_dataset, tiny_spec, record)
+    export(with_forms)
     folder = with_forms.run_dir / publish.FOLDER
     assert exports(with_forms) == ["example.npy", "fp16", "golden.npz", "int8", "model.onnx", "parity.json", "precisions.json"]
     for name in ("fp16", "int8"):
@@ -402,16 +396,11 @@ def test_smaller_forms_have_folders_of_their_own_that_verify_and_predict_take(
 
 @pytest.mark.usefixtures("quick_export")
 def test_a_refused_form_is_in_the_table_alone_and_the_model_stays_published(
-    with_forms: Config,
-    tiny_dataset: DatasetManifest,
-    tiny_spec: PreprocessSpec,
-    record: RunRecord,
-    tracker: Tracker,
-    monkeypatch: pytest.MonkeyPatch,
+    export: Export, with_forms: Config, record: RunRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     black = [np.zeros((8, 3, 16, 16), np.uint8)]
     monkeypatch.setattr(publish, "calibration_batches", lambda *arguments: iter(black))
-    publish.export(with_forms, tiny_dataset, tiny_spec, record)
+    export(with_forms)
     assert exports(with_forms) == ["example.npy", "fp16", "golden.npz", "model.onnx", "parity.json", "precisions.json"]
     table = json.loads((with_forms.run_dir / publish.PRECISIONS).read_text())
     assert [row["published"] for row in table] == [True, True, False]
@@ -421,14 +410,30 @@ def test_a_refused_form_is_in_the_table_alone_and_the_model_stays_published(
 
 
 @pytest.mark.usefixtures("quick_export")
-def test_forms_that_are_no_longer_asked_for_do_not_stay(
+def test_forms_that_are_no_longer_asked_for_do_not_stay(export: Export, with_forms: Config, tiny_config: Config) -> None:
+    export(with_forms)
+    export()
+    assert exports(tiny_config) == ["example.npy", "golden.npz", "model.onnx", "parity.json"]
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_targets_go_aside_with_their_model_and_stay_where_nothing_can_be_exported(
+    export: Export,
     with_forms: Config,
     tiny_config: Config,
     tiny_dataset: DatasetManifest,
     tiny_spec: PreprocessSpec,
     record: RunRecord,
-    tracker: Tracker,
 ) -> None:
-    publish.export(with_forms, tiny_dataset, tiny_spec, record)
-    publish.export(tiny_config, tiny_dataset, tiny_spec, record)
+    export()
+    make_targets(tiny_config.run_dir, "tiny", ["triton"], max_batch_size=8)
+    published = exports(tiny_config)
+    assert "triton" in published
+    streamed = dataclasses.replace(tiny_dataset, streams={"train": ["https://host/000.tar"]})
+    with pytest.raises(ConfigError, match="but the training shards are streamed"):
+        publish.export(with_forms, streamed, tiny_spec, record)
+    assert exports(tiny_config) == published
+    export()
     assert exports(tiny_config) == ["example.npy", "golden.npz", "model.onnx", "parity.json"]
+    (aside,) = tiny_config.run_dir.glob("export.*")
+    assert (aside / "triton/tiny/1/model.onnx").read_bytes() == (aside / "model.onnx").read_bytes()

@@ -1,3 +1,4 @@
+import copy
 import logging
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pipeline.data.dataset import ShardDataset
 from pipeline.errors import DataError, GateError
 from pipeline.export import quantize
 from pipeline.export.lint import require_clean
+from pipeline.export.proto import metadata
 from pipeline.export.quantize import (
     activation_ranges,
     network_tensors,
@@ -26,7 +28,8 @@ from pipeline.export.quantize import (
 )
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
-from tests.unit.export.given import Images, change, copy_of, metadata_of, scale_between
+from tests.unit.export.given import Images, scale_between
+from tests.unit.export.sabotage import change_weight, weight_of
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def test_float16_answers_alike_in_half_the_bytes(
     assert {*kept} == {node.input[1] for node in half.graph.node if node.op_type in ("Div", "Sub")}
     weights = [tensor for tensor in half.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
     assert sum(len(tensor.raw_data) for tensor in weights) == 2 * sum(np.prod(tensor.dims) for tensor in weights)
-    assert metadata_of(half) == metadata_of(exported_model) | {"shardline.precision": "fp16"}
+    assert metadata(half) == metadata(exported_model) | {"shardline.precision": "fp16"}
 
 
 def test_normalisation_and_softmax_stay_in_float32(exported_model: onnx.ModelProto, images: Images) -> None:
@@ -111,11 +114,13 @@ def test_a_number_that_keeps_a_divisor_from_0_does_not_become_0() -> None:
 
 def test_a_weight_that_float16_cannot_hold_is_named(exported_model: onnx.ModelProto) -> None:
     scaled = scale_between(exported_model, 1e7)
-    name = next(node.input[1] for node in scaled.graph.node if node.op_type == "Conv")
-    with pytest.raises(GateError, match=rf"the weight {re.escape(name)} reaches \d\.\de\+\d\d, and float16 ends at 65504"):
+    first = next(node for node in scaled.graph.node if node.op_type == "Conv")
+    with pytest.raises(
+        GateError, match=rf"the weight {re.escape(first.input[1])} reaches \d\.\de\+\d\d, and float16 ends at 65504"
+    ):
         to_float16(scaled)
-    broken = copy_of(exported_model)
-    change(broken, name, lambda values: values * np.float32("nan"))
+    broken = copy.deepcopy(exported_model)
+    change_weight(weight_of(broken, first), lambda values: values * np.float32("nan"))
     with pytest.raises(GateError, match="reaches nan"):
         to_float16(broken)
 
@@ -139,7 +144,7 @@ def test_int8_answers_alike_on_integers(
     require_clean(integer, tiny_spec, 20)
     same = ask(integer, images).argmax(axis=1) == ask(exported_model, images).argmax(axis=1)
     assert same.mean() >= 0.9
-    assert metadata_of(integer) == metadata_of(exported_model) | {"shardline.precision": "int8"}
+    assert metadata(integer) == metadata(exported_model) | {"shardline.precision": "int8"}
     assert integer.producer_name == "shardline"
     weights = [onnx.numpy_helper.to_array(t) for t in integer.graph.initializer if t.data_type == onnx.TensorProto.INT8]
     # 7 bits: two products of them and of 8-bit activations fit 16 bits.
@@ -180,7 +185,7 @@ def test_what_onnxruntime_cannot_quantise_is_refused_with_its_reason(
     exported_model: onnx.ModelProto, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.export.quantize.INTEGER_OPERATORS", ["Conv", "NoSuchOperator"])
-    unknown = copy_of(exported_model)
+    unknown = copy.deepcopy(exported_model)
     unknown.graph.node[4].op_type = "NoSuchOperator"
     with pytest.raises(GateError, match=r"onnxruntime cannot quantise this graph: .*NoSuchOperator"):
         to_int8(unknown, [images], "minmax")

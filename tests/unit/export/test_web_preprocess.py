@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import io
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from pipeline.export.targets import PAGE
 from pipeline.preprocess import PreprocessSpec, decode_image
 from tests import browser as parts
 from tests.browser import browser
+from tests.photos import AS_STORED, encode
 from tests.web import web_server
 
 pytestmark = pytest.mark.skipif(bool(parts.missing_parts()), reason=f"a browser test needs {parts.missing_parts()}")
@@ -62,27 +62,12 @@ def pixels_of(answer: dict[str, Any]) -> Pixels:
     return np.array(answer["data"], dtype=np.uint8).reshape(answer["height"], answer["width"], 3)
 
 
-def encode(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
-
-
 def noise(height: int, width: int, channels: int = 3) -> Pixels:
     """Pixels (H, W, C) on which every filter, shift and rounding shows."""
     return np.random.default_rng(height).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-AS_STORED = PreprocessSpec(
-    resize=None,
-    crop=None,
-    interpolation="bilinear",
-    antialias=True,
-    mean=[0.5, 0.5, 0.5],
-    std=[0.25, 0.25, 0.25],
-    resize_mode="shortest",
-    background=(10, 200, 90),
-)
+ON_GREEN = dataclasses.replace(AS_STORED, background=(10, 200, 90))
 
 # ---- resize and crop ----
 
@@ -110,7 +95,7 @@ SPECS: dict[str, dict[str, Any]] = {
 def test_the_browser_gives_the_network_the_very_pixels_that_python_does(
     changes: dict[str, Any], ask_browser: AskBrowser
 ) -> None:
-    spec = dataclasses.replace(AS_STORED, **changes)
+    spec = dataclasses.replace(ON_GREEN, **changes)
     for size, png, found in zip(SIZES, PNGS, ask_browser(PNGS, spec), strict=True):
         assert not isinstance(found, str), found
         np.testing.assert_array_equal(found, decode_image(png, spec), err_msg=f"{size}")
@@ -182,9 +167,9 @@ WITHIN_A_LEVEL: dict[str, bytes] = {
 
 def test_photos_of_every_kind_are_decoded_as_in_python(ask_browser: AskBrowser) -> None:
     images = EXACT | WITHIN_A_LEVEL
-    for (kind, image), found in zip(images.items(), ask_browser([*images.values()], AS_STORED), strict=True):
+    for (kind, image), found in zip(images.items(), ask_browser([*images.values()], ON_GREEN), strict=True):
         assert not isinstance(found, str), f"{kind}: {found}"
-        wanted = decode_image(image, AS_STORED)
+        wanted = decode_image(image, ON_GREEN)
         assert found.shape == wanted.shape, kind
         difference = int(np.abs(found - wanted.astype(int)).max())
         assert difference <= (kind in WITHIN_A_LEVEL), f"{kind}: {difference} levels"
@@ -194,7 +179,7 @@ def test_a_photo_wider_than_a_canvas_of_a_phone_is_read_in_parts(ask_browser: As
     pixels = np.tile(noise(5, 100), (1, 50, 1))  # (H, W, 3)
     pixels[:, 2048] = (255, 0, 0)  # where one part ends
     wide = encode(Image.fromarray(pixels))
-    (found,) = ask_browser([wide], AS_STORED)
+    (found,) = ask_browser([wide], ON_GREEN)
     assert np.array_equal(found, pixels)
 
 
@@ -213,16 +198,16 @@ DAMAGED: dict[str, bytes] = {
 
 
 def test_what_python_refuses_is_refused_in_the_browser(ask_browser: AskBrowser) -> None:
-    for (kind, image), found in zip(DAMAGED.items(), ask_browser([*DAMAGED.values()], AS_STORED), strict=True):
+    for (kind, image), found in zip(DAMAGED.items(), ask_browser([*DAMAGED.values()], ON_GREEN), strict=True):
         with pytest.raises(DataError):
-            decode_image(image, AS_STORED)
+            decode_image(image, ON_GREEN)
         assert isinstance(found, str), kind
         assert "not a whole image" in found
 
 
 def test_more_pixels_than_python_takes_are_refused(ask_browser: AskBrowser) -> None:
     large = encode(Image.new("1", (20_001, 5_000)))  # 12 kB
-    (found,) = ask_browser([large], AS_STORED)
+    (found,) = ask_browser([large], ON_GREEN)
     assert found == "20001 x 5000 pixels are too many."
 
 

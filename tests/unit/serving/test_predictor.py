@@ -188,7 +188,10 @@ def test_verify_says_what_the_file_says_of_itself_and_an_older_one_says_less(
     told = {"shardline.precision": "int8", "shardline.license": "CC-BY-4.0", "shardline.metrics": metrics}
     facts = verify_model(edited(exported_model, tmp_path / "new.onnx", lambda metadata: metadata.update(told)))
     assert (facts["precision"], facts["licence"]) == ("int8", "CC-BY-4.0")
-    assert facts["accuracy"] == "0.7500 on 1,200 images of test"
+    assert facts["accuracy"] == "0.7500 on 1,200 images of test (of the trained network)", "nobody measured this file's"
+    told["shardline.precision"] = "fp32"
+    plain = verify_model(edited(exported_model, tmp_path / "plain.onnx", lambda metadata: metadata.update(told)))
+    assert plain["accuracy"] == "0.7500 on 1,200 images of test"
     older = verify_model(edited(exported_model, tmp_path / "old.onnx", lambda metadata: None))
     assert (older["precision"], older["licence"]) == ("fp32", "not stated")
     assert "accuracy" not in older
