@@ -4,6 +4,7 @@ Each is told its number of threads, and to compute float32 in float32: on proces
 unasked, and would be compared for other answers.
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -69,12 +70,22 @@ def _open_onnxruntime(path: Path, threads: int) -> Answer:
     return answer
 
 
-def _open_openvino(path: Path, threads: int) -> Answer:
+@functools.cache
+def openvino_core() -> Any:
+    """The one OpenVINO of this process.
+
+    Each brings an alternate signal stack along, and of two that live at the same time the first frees what the second then
+    restores: the next signal with a handler ends the process (OpenVINO 2026.4).
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def _open_openvino(path: Path, threads: int) -> Answer:
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     settings["INFERENCE_PRECISION_HINT"] = "f32"
-    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    compiled = openvino_core().compile_model(str(path), "CPU", settings)
     return lambda images: np.asarray(compiled({"image": images})["probabilities"])
 
 

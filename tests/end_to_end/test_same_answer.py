@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from pipeline.bench.runtimes import openvino_core
 from pipeline.config import load_config
 from pipeline.manifest import load_dataset
 from pipeline.models.sequential import network_for
@@ -67,9 +68,9 @@ def predict(workspace: Path, photos: list[Path]) -> Answers:
 
 def openvino(workspace: Path, photos: list[Path]) -> Answers:
     """The same file in a runtime that shares no code with onnxruntime."""
-    runtime = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     # Left to itself it calculates in bfloat16 where the processor can, and a probability may be 0.005 off.
-    compiled = runtime.Core().compile_model(str(workspace / MODEL), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(str(workspace / MODEL), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     spec = Predictor(workspace / MODEL).spec
     images = [decode_image(photo.read_bytes(), spec).transpose(2, 0, 1) for photo in photos]  # (3, H, W)
     return np.array([compiled(image[None])["probabilities"][0] for image in images], dtype=np.float64)

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,3 +142,25 @@ def test_without_a_compiler_torch_compile_says_so(monkeypatch: pytest.MonkeyPatc
 def test_only_a_model_is_benched_by_its_path() -> None:
     with pytest.raises(ConfigError, match="`bench step` takes no path, but 'runs/digits' was given"):
         bench_verb(["step", "runs/digits"])
+
+
+# One signal that Python handles, on whatever stack OpenVINO has left for it.
+SIGNAL_AFTER_OPENVINO = """
+import faulthandler, gc, os, signal, sys
+from pathlib import Path
+from pipeline.bench.runtimes import _open_openvino
+faulthandler.enable()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+answers = [_open_openvino(Path(sys.argv[1]), 1) for _ in range(2)]
+while answers:
+    answers.pop(0)
+    gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_openvino_was_asked_is_handled(model_path: Path) -> None:
+    pytest.importorskip("openvino")
+    command = [sys.executable, "-c", SIGNAL_AFTER_OPENVINO, str(model_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

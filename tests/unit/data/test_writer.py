@@ -212,8 +212,9 @@ def test_with_trust_the_statistics_are_of_some_images_and_the_manifest_says_so(
 def test_the_webdataset_library_reads_our_shards_and_agrees_with_the_index(
     tiny_dataset: DatasetManifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WDS_SECURE", "1")
     import webdataset
+
+    monkeypatch.setattr("webdataset.utils.enforce_security", True)
 
     paths = [str(tiny_dataset.folder / shard.name) for shard in tiny_dataset.split("train").shards]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False).decode("rgb8").to_tuple("jpg", "cls"))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.bench.runtimes import openvino_core
 from pipeline.config import ExportConfig, ModelConfig
 from pipeline.data.dataset import ShardDataset
 from pipeline.export.contract import require_contract
@@ -197,9 +198,7 @@ def test_a_network_passes_however_it_was_trained(
 def test_openvino_gives_the_same_answers(
     exported_model: onnx.ModelProto, tiny_network: nn.Sequential, dataset: ShardDataset
 ) -> None:
-    import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     graph = core.read_model(exported_model.SerializeToString())
     compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for size in (1, 5, 12):
