@@ -1,0 +1,76 @@
+"""Training's JPEG decoder in C, for where it could be built; torchvision.io decodes everywhere else.
+
+It decodes no more rows, columns and frequencies of a JPEG than a crop needs. Where the crop is not to become half as large or
+smaller its pixels are those of Pillow to one grey level; there it scales among the frequencies, and a pixel may differ by more.
+
+What it does not know (other formats, unusual files, broken ones) it leaves to the general decoder, which says what is wrong.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.preprocess import MAX_PIXELS
+
+try:
+    from pipeline.data.native import _jpeg
+except ImportError:  # there was no compiler, or no libjpeg
+    _jpeg = None  # type: ignore[assignment]
+
+# What becomes of an image, by the number that the C code gives it (jpeg.h).
+STATUSES = ("decoded", "not supported", "too large", "broken", "cut short", "no memory")
+DECODED = 0
+HOW_TO_BUILD = "`make native` builds it, given a C compiler and the headers of libjpeg-turbo"
+
+
+def is_built() -> bool:
+    """Whether the decoder is there."""
+    return _jpeg is not None
+
+
+def name_of(is_native: bool) -> str:
+    """The decoder in words, for logs and tables."""
+    if not is_native:
+        return "torchvision.io"
+    return f"native ({'AVX2' if _jpeg.use_avx2(True) else 'portable C'})"
+
+
+def chosen(decoder: str | None) -> bool:
+    """Whether `data.decoder` means the native one. Raises ConfigError where it is asked for and not built."""
+    if decoder == "native" and not is_built():
+        raise ConfigError(f"`data.decoder` is native, which is not built here. {HOW_TO_BUILD[0].upper()}{HOW_TO_BUILD[1:]}.")
+    return is_built() if decoder is None else decoder == "native"
+
+
+class CropReader:
+    """Random crops of JPEGs: `smallest` to all of the area, mirrored with probability `flip`, at `size` (H, W)."""
+
+    def __init__(self, smallest: float, flip: float, size: tuple[int, int]) -> None:
+        self.smallest, self.flip, self.size = smallest, flip, size
+
+    def decode(self, encoded: bytes, key: int) -> npt.NDArray[np.uint8] | None:
+        """One crop, uint8 (H, W, 3), drawn by `key`; None for what is left to the general decoder."""
+        pixels = np.empty((*self.size, 3), np.uint8)
+        status = _jpeg.random_crop(encoded, key, self.smallest, self.flip, MAX_PIXELS, *self.size, pixels)
+        return pixels if status == DECODED else None
+
+    def read(self, ranges: npt.NDArray[Any], keys: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+        """Crops of n byte ranges (file int32, offset int64, size int64) into `out`, uint8 (n, H, W, 3); returns n statuses.
+
+        Other threads run meanwhile.
+        """
+        statuses = np.empty(len(keys), np.int32)
+        files, offsets, sizes = (np.ascontiguousarray(ranges[name]) for name in ("file", "offset", "size"))
+        _jpeg.read_crops(files, offsets, sizes, keys, self.smallest, self.flip, MAX_PIXELS, *self.size, out, statuses)
+        return statuses
+
+
+def with_restarts(encoded: bytes, interval: int) -> bytes:
+    """The same JPEG, coefficient for coefficient, with a restart marker every `interval` MCUs. Raises DataError."""
+    try:
+        rewritten: bytes = _jpeg.with_restarts(encoded, interval)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return rewritten

@@ -1,0 +1,57 @@
+/* From the bytes of a JPEG to the pixels of a crop: no more rows, columns and frequencies are decoded than it needs.
+
+   Nothing here knows Python, so that a fuzzer can call it. All memory is the caller's `struct scratch`, one for each thread. */
+#ifndef SHARDLINE_JPEG_H
+#define SHARDLINE_JPEG_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Anything but DECODED leaves the image to a general decoder, which finds the reason in words or decodes it after all. The
+   names are those of `pipeline.data.native.STATUSES`. */
+enum status { DECODED, NOT_SUPPORTED, TOO_LARGE, BROKEN, CUT_SHORT, NO_MEMORY };
+
+/* A rectangle of the upright image, in pixels. */
+struct box {
+    int top, left, height, width;
+};
+
+/* What becomes of it. */
+struct target {
+    int height, width;   /* of the result */
+    int mirrored;        /* left and right change places */
+    uint64_t max_pixels; /* of the whole image */
+};
+
+/* What a JPEG says of itself before its first scan (ITU T.81, annex B). */
+struct header {
+    int width, height; /* as stored */
+    int orientation;   /* EXIF's, 1 to 8 */
+    int num_components;
+    int is_sequential;    /* Huffman-coded, not progressive */
+    int restart_interval; /* in MCUs, 0 for none */
+    int mcu_width, mcu_height;
+    size_t frame, scan; /* where SOF and SOS begin */
+};
+
+struct buffer {
+    uint8_t *bytes;
+    size_t size;
+};
+
+struct scratch {
+    struct buffer pixels, resized, turned, parts, weights;
+};
+
+enum status read_header(const uint8_t *jpeg, size_t size, struct header *header);
+/* Height and width as a person sees the image. */
+void upright_size(const struct header *header, int *height, int *width);
+/* Writes target->height x target->width RGB pixels. `header` is that of `jpeg`, `box` lies in the upright image. */
+enum status decode_crop(const uint8_t *jpeg, size_t size, const struct header *header, const struct box *box,
+                        const struct target *target, struct scratch *scratch, uint8_t *out);
+
+/* At least `size` bytes, or NULL; what was in there is lost. */
+uint8_t *room(struct buffer *buffer, size_t size);
+void free_scratch(struct scratch *scratch);
+
+#endif
