@@ -110,7 +110,10 @@ class DataConfig:
     steps_per_epoch: int | None = setting(None, "steps called an epoch; null: the whole split (streamed shards need a number)")
     limit_val_batches: int | None = setting(None, "validate on only so many global batches; null: the whole split")
     shuffle_buffer: int = setting(2000, "samples a loader process shuffles among where shards are streamed")
-    num_workers: int = setting(0, "loader processes of each rank", identity=False)
+    decoder: Literal["native", "torchvision"] | None = setting(
+        None, "what makes pixels of training's JPEGs; null: native where it is built", identity=False
+    )
+    num_workers: int = setting(0, "loader processes of each rank; threads, where all of it is native", identity=False)
     start_method: Literal["fork", "forkserver", "spawn"] = setting("forkserver", "how loader processes start", identity=False)
     pin_memory: bool | None = setting(None, "page-locked batches; null: where a GPU is used", identity=False)
     persistent_workers: bool = setting(True, "keep loader processes between epochs", identity=False)

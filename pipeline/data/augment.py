@@ -1,7 +1,8 @@
-"""Random changes of training images, each a pure function of (seed, epoch, sample).
+"""Random changes of training images, each a pure function of a key, which is that of (seed, epoch, sample).
 
-torchvision's transforms draw from torch's default generator; seeding that for each sample (1.4 us) is what makes a resumed run
-see the very tensors of the undisturbed one. MixUp and CutMix need the batch and so lie in `pipeline.data.mixing`.
+Crop and flip come from numbers of our own, so that the decoder in C can draw the same ones. torchvision's transforms draw from
+torch's default generator; seeding that for each sample is what makes a resumed run see the very tensors of the undisturbed one.
+MixUp and CutMix need the batch and so lie in `pipeline.data.mixing`.
 """
 
 import contextlib
@@ -13,12 +14,13 @@ import torch
 
 from pipeline.config import AugmentConfig
 from pipeline.data.decode import Box, EncodedImage, decode_crop
-from pipeline.data.order import mix
+from pipeline.data.native import CropReader
 from pipeline.preprocess import PreprocessSpec, decode_image
 
 # The customary range of the width-to-height ratio of a random crop (Szegedy et al., "Going deeper with convolutions", 2014).
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,25 @@ class Augmentation:
     crop_scale: float  # smallest share of the area; 1 for the crop of an evaluation
     change: Callable[[torch.Tensor], torch.Tensor] | None
     flip: float = 0.0  # probability of a mirror image
+    crops: CropReader | None = None  # the native decoder, which makes crop and flip in one
 
-    def image(self, encoded: bytes, spec: PreprocessSpec) -> torch.Tensor:
-        """Decode and change, drawing from torch's default generator: uint8 (3, H, W). Raises DataError."""
+    def image(self, encoded: bytes, spec: PreprocessSpec, key: int) -> torch.Tensor:
+        """Decode and change as `key` draws: uint8 (3, H, W). Raises DataError."""
+        native = self.crops.decode(encoded, key) if self.crops is not None else None
+        pixels = self.decoded(encoded, spec, key) if native is None else torch.from_numpy(native).permute(2, 0, 1)
+        if self.change is None:
+            return pixels
+        with seeded(key):
+            return self.change(pixels)
+
+    def decoded(self, encoded: bytes, spec: PreprocessSpec, key: int) -> torch.Tensor:
+        """Crop and flip by the general decoder: uint8 (3, H, W). Raises DataError."""
         if self.crop_scale < 1:
             image = EncodedImage(encoded, spec.background)
-            pixels = decode_crop(image, random_box(image.height, image.width, self.crop_scale), self.size)
+            pixels = decode_crop(image, random_box(key, image.height, image.width, self.crop_scale), self.size)
         else:
             pixels = plain_image(encoded, spec)
-        if self.flip and float(torch.rand(())) < self.flip:
-            pixels = pixels.flip(-1)
-        return pixels if self.change is None else self.change(pixels)
+        return pixels.flip(-1) if draw(key, 0) < self.flip else pixels
 
 
 def plain_image(encoded: bytes, spec: PreprocessSpec) -> torch.Tensor:
@@ -47,14 +57,17 @@ def plain_image(encoded: bytes, spec: PreprocessSpec) -> torch.Tensor:
     return torch.from_numpy(decode_image(encoded, spec).copy()).permute(2, 0, 1)
 
 
-def build_augmentation(config: AugmentConfig, spec: PreprocessSpec) -> Augmentation | None:
+def build_augmentation(config: AugmentConfig, spec: PreprocessSpec, is_native: bool = False) -> Augmentation | None:
     """Return what `config` asks for, or None when all that happens to single images is off."""
     assert spec.fixed_size is not None
     changes = _changes(config, spec)
     if config.crop_scale == 1 and not config.horizontal_flip and not changes:
         return None
     change = torch.nn.Sequential(*changes) if changes else None
-    return Augmentation(spec.fixed_size, config.crop_scale, change, config.horizontal_flip)
+    crops = (
+        CropReader(config.crop_scale, config.horizontal_flip, spec.fixed_size) if is_native and config.crop_scale < 1 else None
+    )
+    return Augmentation(spec.fixed_size, config.crop_scale, change, config.horizontal_flip, crops)
 
 
 def _changes(config: AugmentConfig, spec: PreprocessSpec) -> list[torch.nn.Module]:
@@ -87,14 +100,22 @@ def neutral_colour(spec: PreprocessSpec) -> list[int]:
     return [round(255 * mean) for mean in spec.mean]
 
 
-def random_box(height: int, width: int, smallest: float) -> Box:
+def draw(key: int, place: int) -> float:
+    """Number `place`, in [0, 1), of the stream that `key` begins: splitmix64 (Steele et al., 2014). Number 0 is the flip's."""
+    value = (key + (place + 1) * 0x9E3779B97F4A7C15) & MASK
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & MASK
+    return float((value ^ value >> 31) >> 11) * 2.0**-53
+
+
+def random_box(key: int, height: int, width: int, smallest: float) -> Box:
     """A crop of `smallest` to all of the area and an aspect ratio between 3/4 and 4/3, drawn as torchvision draws it.
 
-    Where ten draws do not fit, the largest central crop of an allowed ratio.
+    Where ten draws do not fit, the largest central crop of an allowed ratio. `random_box` of native/module.c is the same.
     """
     low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
-    for _ in range(CROP_ATTEMPTS):
-        of_area, of_ratio, of_top, of_left = torch.rand(4).tolist()  # one call: each costs as much as the arithmetic
+    for attempt in range(CROP_ATTEMPTS):
+        of_area, of_ratio, of_top, of_left = (draw(key, 4 * attempt + place) for place in range(1, 5))
         area = height * width * (smallest + of_area * (1 - smallest))
         ratio = math.exp(low + of_ratio * (high - low))
         box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -107,12 +128,12 @@ def random_box(height: int, width: int, smallest: float) -> Box:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Let torch's default generator be a function of (seed, epoch, sample) for a block."""
+def seeded(key: int) -> Iterator[None]:
+    """Let torch's default generator be a function of `key` for a block."""
     generator = torch.default_generator
     # With num_workers=0 the model's own random state lives in the same generator.
     state = generator.get_state()
-    generator.manual_seed(mix(seed, epoch, index))
+    generator.manual_seed(key)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ prefetch queue may be in it.
 
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -14,11 +15,13 @@ from torch.utils.data import DataLoader
 
 from pipeline import accelerator
 from pipeline.config import DataConfig
+from pipeline.data import native
 from pipeline.data.augment import build_augmentation
 from pipeline.data.cache import Prefetcher
 from pipeline.data.dataset import Batch, ShardDataset
-from pipeline.data.order import GlobalBatchSampler, training_steps_per_epoch
+from pipeline.data.order import GlobalBatchSampler, SampleRef, training_steps_per_epoch
 from pipeline.data.streaming import StreamDataset, StreamLoader
+from pipeline.data.threads import Ring, in_threads
 from pipeline.data.worker import deliver, in_time, kill_workers_at_exit, start_worker, time_limit, worker_errors_explained
 from pipeline.errors import RunError
 from pipeline.manifest import DatasetManifest
@@ -30,9 +33,11 @@ class ResumableLoader(DataLoader[Batch]):
 
     delivered = 0
 
-    def __init__(self, dataset: ShardDataset, timeout_seconds: float, **options: Any) -> None:
+    def __init__(
+        self, dataset: ShardDataset, timeout_seconds: float, num_threads: int = 0, num_ahead: int = 0, **options: Any
+    ) -> None:
         super().__init__(dataset, **options)
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds, self.num_threads, self.num_ahead = timeout_seconds, num_threads, num_ahead
 
     @property
     def batches(self) -> GlobalBatchSampler:
@@ -44,7 +49,7 @@ class ResumableLoader(DataLoader[Batch]):
         upcoming = self.batches.upcoming_shards()
         with worker_errors_explained():
             with time_limit(self.timeout_seconds):  # processes that stay from one epoch to the next are asked to begin anew
-                batches = super().__iter__()
+                batches = self._batches_of_threads() if self.num_threads else super().__iter__()
             kill_workers_at_exit()
             # Only now: a thread that is in the middle of something must not be copied into a loader process.
             prefetcher = self._prefetcher(upcoming)
@@ -55,6 +60,19 @@ class ResumableLoader(DataLoader[Batch]):
             finally:
                 if prefetcher is not None:
                     prefetcher.stop()
+
+    def _batches_of_threads(self) -> Iterator[Batch]:
+        dataset = cast(ShardDataset, self.dataset)
+        assert dataset.spec.fixed_size is not None
+        ring, own = Ring(dataset.spec.fixed_size, self.pin_memory), threading.local()
+
+        def make(refs: list[SampleRef]) -> Batch:
+            if not hasattr(own, "dataset"):
+                own.dataset = dataset.with_own_files()
+            batch: Batch = own.dataset.__getitems__(refs, ring.take(len(refs)))
+            return batch
+
+        return in_threads(make, iter(self.batches), self.num_threads, self.num_ahead)
 
     def _prefetcher(self, upcoming: Iterator[int]) -> Prefetcher | None:
         """Fetches the shards of a remote data set ahead of this epoch's batches."""
@@ -95,7 +113,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Shuffled and augmented, resumable in the middle of an epoch; or a stream, where shards have no index."""
-        augmentation = build_augmentation(self.config.augment, self.spec)
+        augmentation = build_augmentation(self.config.augment, self.spec, native.chosen(self.config.decoder))
         if "train" in self.manifest.streams:
             stream = StreamDataset(self.manifest, self.spec, self.config, augmentation, seed=self.seed, **self._place())
             batches = training_steps_per_epoch(self.manifest, self.config) * self.config.accumulate
@@ -125,12 +143,14 @@ class ShardDataModule(L.LightningDataModule):
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _loader(self, dataset: ShardDataset, batches: GlobalBatchSampler) -> ResumableLoader:
-        return ResumableLoader(dataset, batch_sampler=batches, collate_fn=deliver, **self._options())
+        return ResumableLoader(dataset, batch_sampler=batches, collate_fn=deliver, **self._options(dataset.reads_crops))
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, by_threads: bool = False) -> dict[str, Any]:
         config = self.config
         workers: dict[str, Any] = {}
-        if config.num_workers:
+        if config.num_workers and by_threads:
+            workers = {"num_threads": config.num_workers, "num_ahead": config.num_workers * config.prefetch_factor}
+        elif config.num_workers:
             workers = {
                 "num_workers": config.num_workers,
                 "multiprocessing_context": config.start_method,

@@ -4,6 +4,7 @@ No tar is parsed and nothing is unpickled or run: only image bytes are ever read
 images with several labels, are mapped by each process from the same file, so that loader processes share one copy of them.
 """
 
+import copy
 import math
 import os
 from collections import OrderedDict
@@ -17,9 +18,10 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import Augmentation, neutral_colour, plain_image, seeded
+from pipeline.data.augment import Augmentation, neutral_colour, plain_image
 from pipeline.data.cache import fetcher_for, open_fetched
-from pipeline.data.order import SampleRef
+from pipeline.data.native import DECODED, SAMPLE
+from pipeline.data.order import SampleRef, mix
 from pipeline.data.shards import read_key
 from pipeline.errors import DataError
 from pipeline.manifest import DatasetManifest, open_index, open_labels
@@ -65,7 +67,7 @@ class ShardReader:
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset` of a shard. Raises DataError when the file ends before."""
-        content = os.pread(self._descriptor(shard), size, offset)
+        content = os.pread(self.descriptor(shard), size, offset)
         if len(content) != size:
             raise DataError(
                 f"{self.paths[shard]}: ends before byte {offset + size}. It was cut short: "
@@ -73,7 +75,8 @@ class ShardReader:
             )
         return content
 
-    def _descriptor(self, shard: int) -> int:
+    def descriptor(self, shard: int) -> int:
+        """An open file, until `max_open` others have been asked for. Raises DataError where there is none."""
         if self._process != os.getpid():  # after a fork the parent's table is not ours to close
             self._descriptors, self._process = OrderedDict(), os.getpid()
         descriptor = self._descriptors.pop(shard, None)
@@ -132,6 +135,12 @@ class ShardDataset(Dataset[Any]):
         self.rows = open_index(self.manifest, self.split_name)
         self.label_rows = open_labels(self.manifest, self.split_name) if self.manifest.task == "multi" else None
 
+    def with_own_files(self) -> "ShardDataset":
+        """The same for another thread, whose open files nobody else closes."""
+        twin = copy.copy(self)
+        twin.reader = ShardReader(self.reader.paths, self.reader.max_open, self.reader.fetch)
+        return twin
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -154,11 +163,29 @@ class ShardDataset(Dataset[Any]):
         """The decoded, in training augmented, image of a sample: uint8 (3, H, W). Raises DataError."""
         return self._pixels(self.encoded(index), index, epoch)
 
+    def _read_crops(self, refs: list[SampleRef], order: npt.NDArray[np.int64], images: torch.Tensor) -> npt.NDArray[np.int64]:
+        """Fill the rows of `images` by the native decoder, and return those that it leaves to the general one."""
+        assert self.augmentation is not None and self.augmentation.crops is not None
+        samples = np.empty(len(refs), SAMPLE)
+        samples["row"] = order
+        rows = self.rows[[refs[place].sample_index for place in order]]
+        samples["offset"], samples["size"] = rows["offset"], rows["size"]
+        samples["key"] = [mix(self.seed, refs[place].epoch, refs[place].sample_index) for place in order]
+        shards, which = np.unique(rows["shard"], return_inverse=True)
+        memory = images.permute(0, 2, 3, 1).numpy()
+        statuses = np.empty(len(refs), np.int32)
+        for first in range(0, len(shards), self.reader.max_open):  # no more files than stay open
+            files = np.array([self.reader.descriptor(int(shard)) for shard in shards[first : first + self.reader.max_open]])
+            part = (which >= first) & (which < first + len(files))
+            samples["file"][part] = files[which[part] - first]
+            statuses[part] = self.augmentation.crops.read(samples[part], memory)
+        left: npt.NDArray[np.int64] = order[statuses != DECODED]
+        return left
+
     def _pixels(self, encoded: bytes, index: int, epoch: int) -> torch.Tensor:
         if self.augmentation is None:
             return plain_image(encoded, self.spec)
-        with seeded(self.seed, epoch, index):
-            return self.augmentation.image(encoded, self.spec)
+        return self.augmentation.image(encoded, self.spec, mix(self.seed, epoch, index))
 
     def labels(self, indices: npt.NDArray[np.int64]) -> torch.Tensor:
         """The labels of samples: int64 (n,), or uint8 (n, K) where an image has several."""
@@ -170,14 +197,21 @@ class ShardDataset(Dataset[Any]):
         (label,) = self.labels(np.array([index]))
         return self.image(index), label if label.ndim else int(label)
 
-    def __getitems__(self, refs: list[SampleRef]) -> Batch:
-        """A local batch. A sample that cannot be decoded is a neutral image of weight 0, named in `bad`."""
+    @property
+    def reads_crops(self) -> bool:
+        """Whether a batch is one call of the native decoder, but for what that leaves over."""
+        return self.augmentation is not None and self.augmentation.crops is not None and self.augmentation.change is None
+
+    def __getitems__(self, refs: list[SampleRef], images: torch.Tensor | None = None) -> Batch:
+        """A local batch, in `images` where given. One that cannot be decoded is neutral, weighs 0 and is named in `bad`."""
         assert self.spec.fixed_size is not None
         indices = np.array([ref.sample_index for ref in refs])
         weights = np.array([ref.weight for ref in refs], np.float32)
-        images = new_images(len(refs), self.spec.fixed_size)
+        if images is None:
+            images = new_images(len(refs), self.spec.fixed_size)
         bad = []
-        for place in np.argsort(indices, kind="stable").tolist():  # the order of the file
+        order = np.argsort(indices, kind="stable")  # that of the file
+        for place in (self._read_crops(refs, order, images) if self.reads_crops else order).tolist():
             ref = refs[place]
             encoded = self.encoded(ref.sample_index)
             try:

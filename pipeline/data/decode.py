@@ -1,6 +1,6 @@
 """From the bytes of an encoded image and a crop box to pixels: the step in which training spends most of its time.
 
-`decode_crop` is the one place that a faster decoder would replace. Training alone uses it: evaluation, parity and serving go
+Training alone uses it, where the native decoder is not there or leaves an image to it: evaluation, parity and serving go
 through `pipeline.preprocess.decode_image`, whose pixels are a contract.
 """
 

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import Augmentation, neutral_colour, plain_image, seeded
+from pipeline.data.augment import Augmentation, neutral_colour, plain_image
 from pipeline.data.dataset import BadSample, Batch, new_images
 from pipeline.data.labels import SampleRule
 from pipeline.data.order import local_batch_size, mix
@@ -131,8 +131,7 @@ class StreamDataset(IterableDataset[Batch]):
     def _pixels(self, encoded: bytes, number: int, consumer: int) -> torch.Tensor:
         if self.augmentation is None:
             return plain_image(encoded, self.spec)
-        with seeded(mix(self.seed, self.salt), consumer, number):
-            return self.augmentation.image(encoded, self.spec)
+        return self.augmentation.image(encoded, self.spec, mix(mix(self.seed, self.salt), consumer, number))
 
 
 def read_samples(urls: Iterable[str]) -> Iterator[dict[str, Any]]:

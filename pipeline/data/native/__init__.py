@@ -22,6 +22,8 @@ except ImportError:  # there was no compiler, or no libjpeg
 # What becomes of an image, by the number that the C code gives it (jpeg.h).
 STATUSES = ("decoded", "not supported", "too large", "broken", "cut short", "no memory")
 DECODED = 0
+# Where an encoded image lies, what its crop is drawn by, and the row of the batch that it fills (module.c).
+SAMPLE = np.dtype([("offset", np.int64), ("size", np.int64), ("key", np.uint64), ("file", np.int32), ("row", np.int32)])
 HOW_TO_BUILD = "`make native` builds it, given a C compiler and the headers of libjpeg-turbo"
 
 
@@ -56,14 +58,13 @@ class CropReader:
         status = _jpeg.random_crop(encoded, key, self.smallest, self.flip, MAX_PIXELS, *self.size, pixels)
         return pixels if status == DECODED else None
 
-    def read(self, ranges: npt.NDArray[Any], keys: npt.NDArray[np.uint64], out: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
-        """Crops of n byte ranges (file int32, offset int64, size int64) into `out`, uint8 (n, H, W, 3); returns n statuses.
+    def read(self, samples: npt.NDArray[Any], out: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+        """One crop of each of n samples, rows of SAMPLE, into its row of `out`, uint8 (m, H, W, 3); returns n statuses.
 
-        Other threads run meanwhile.
+        Nothing of Python is locked meanwhile.
         """
-        statuses = np.empty(len(keys), np.int32)
-        files, offsets, sizes = (np.ascontiguousarray(ranges[name]) for name in ("file", "offset", "size"))
-        _jpeg.read_crops(files, offsets, sizes, keys, self.smallest, self.flip, MAX_PIXELS, *self.size, out, statuses)
+        statuses = np.empty(len(samples), np.int32)
+        _jpeg.read_crops(samples, self.smallest, self.flip, MAX_PIXELS, *self.size, out, statuses)
         return statuses
 
 

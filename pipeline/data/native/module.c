@@ -129,11 +129,28 @@ static PyObject *py_random_crop(PyObject *self, PyObject *args) {
     return fits ? PyLong_FromLong(status) : PyErr_Format(PyExc_ValueError, "no room for the pixels");
 }
 
+/* Where an encoded image lies, what its crop is drawn by, and where the pixels go: `pipeline.data.native.SAMPLE`. */
+struct sample {
+    int64_t offset, size;
+    uint64_t key;
+    int32_t file, row;
+};
+
 struct batch {
-    Py_buffer files, offsets, sizes, keys, out, statuses;
+    Py_buffer samples, out, statuses;
     double smallest, flip;
     struct target target;
 };
+
+static int rows_fit(const struct batch *batch, Py_ssize_t number) {
+    const struct sample *samples = batch->samples.buf;
+    Py_ssize_t num_rows = 0;
+    for (Py_ssize_t i = 0; i < number; i++) {
+        if (samples[i].row < 0 || samples[i].size < 0) return 0;
+        if (samples[i].row >= num_rows) num_rows = samples[i].row + (Py_ssize_t)1;
+    }
+    return has_room(&batch->out, num_rows, &batch->target);
+}
 
 static void read_batch(struct batch *batch, Py_ssize_t number) {
     struct scratch scratch;
@@ -141,14 +158,12 @@ static void read_batch(struct batch *batch, Py_ssize_t number) {
     memset(&scratch, 0, sizeof scratch);
     size_t each = 3 * (size_t)batch->target.height * (size_t)batch->target.width;
     for (Py_ssize_t i = 0; i < number; i++) {
-        int64_t size = ((const int64_t *)batch->sizes.buf)[i];
-        uint8_t *bytes = size < 0 ? NULL : room(&encoded, (size_t)size + 1), *out = (uint8_t *)batch->out.buf + each * (size_t)i;
-        enum status status = bytes ? DECODED : NO_MEMORY;
-        if (bytes)
-            status = read_whole(((const int32_t *)batch->files.buf)[i], bytes, (size_t)size, ((const int64_t *)batch->offsets.buf)[i]);
+        const struct sample *sample = (const struct sample *)batch->samples.buf + i;
+        size_t size = (size_t)sample->size;
+        uint8_t *bytes = room(&encoded, size + 1), *out = (uint8_t *)batch->out.buf + each * (size_t)sample->row;
+        enum status status = bytes ? read_whole(sample->file, bytes, size, sample->offset) : NO_MEMORY;
         if (status == DECODED)
-            status = crop_at_random(bytes, (size_t)size, ((const uint64_t *)batch->keys.buf)[i], batch->smallest, batch->flip,
-                                    &batch->target, &scratch, out);
+            status = crop_at_random(bytes, size, sample->key, batch->smallest, batch->flip, &batch->target, &scratch, out);
         ((int32_t *)batch->statuses.buf)[i] = (int32_t)status;
     }
     free(encoded.bytes);
@@ -160,19 +175,18 @@ static PyObject *py_read_crops(PyObject *self, PyObject *args) {
     struct batch batch;
     unsigned long long max_pixels;
     memset(&batch, 0, sizeof batch);
-    if (!PyArg_ParseTuple(args, "y*y*y*y*ddKiiw*w*", &batch.files, &batch.offsets, &batch.sizes, &batch.keys, &batch.smallest,
-                          &batch.flip, &max_pixels, &batch.target.height, &batch.target.width, &batch.out, &batch.statuses))
+    if (!PyArg_ParseTuple(args, "y*ddKiiw*w*", &batch.samples, &batch.smallest, &batch.flip, &max_pixels, &batch.target.height,
+                          &batch.target.width, &batch.out, &batch.statuses))
         return NULL;
     batch.target.max_pixels = max_pixels;
-    Py_ssize_t number = batch.files.len / 4;
-    int fits = batch.offsets.len == 8 * number && batch.sizes.len == 8 * number && batch.keys.len == 8 * number &&
-               batch.statuses.len == 4 * number && has_room(&batch.out, number, &batch.target);
+    Py_ssize_t number = batch.samples.len / (Py_ssize_t)sizeof(struct sample);
+    int fits = batch.statuses.len == (Py_ssize_t)sizeof(int32_t) * number && rows_fit(&batch, number);
     if (fits) {
         Py_BEGIN_ALLOW_THREADS;
         read_batch(&batch, number);
         Py_END_ALLOW_THREADS;
     }
-    Py_buffer *all[] = {&batch.files, &batch.offsets, &batch.sizes, &batch.keys, &batch.out, &batch.statuses};
+    Py_buffer *all[] = {&batch.samples, &batch.out, &batch.statuses};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) PyBuffer_Release(all[i]);
     if (!fits) return PyErr_Format(PyExc_ValueError, "the buffers of %zd samples do not fit together", number);
     Py_RETURN_NONE;
@@ -218,7 +232,7 @@ static PyMethodDef methods[] = {
     {"random_crop", py_random_crop, METH_VARARGS,
      "random_crop(jpeg, key, smallest, flip, max_pixels, height, width, out) -> status"},
     {"read_crops", py_read_crops, METH_VARARGS,
-     "read_crops(files, offsets, sizes, keys, smallest, flip, max_pixels, height, width, out, statuses)"},
+     "read_crops(samples, smallest, flip, max_pixels, height, width, out, statuses)"},
     {"random_box", py_random_box, METH_VARARGS, "random_box(key, height, width, smallest) -> (top, left, height, width)"},
     {"with_restarts", py_with_restarts, METH_VARARGS, "with_restarts(jpeg, interval) -> jpeg"},
     {"use_avx2", py_use_avx2, METH_VARARGS, "use_avx2(wanted) -> whether it is used"},

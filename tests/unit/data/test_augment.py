@@ -7,6 +7,7 @@ import torch
 
 from pipeline.config import AugmentConfig, PreprocessConfig
 from pipeline.data.augment import Augmentation, build_augmentation, neutral_colour, plain_image, random_box, seeded
+from pipeline.data.order import mix
 from pipeline.manifest import ImageStats
 from pipeline.preprocess import build_spec
 from tests.unit.data.images import as_png, noise
@@ -38,8 +39,7 @@ def build(config: AugmentConfig) -> Augmentation:
 
 
 def augmented(encoded: bytes, augmentation: Augmentation, seed: int = 0, epoch: int = 0, index: int = 0) -> torch.Tensor:
-    with seeded(seed, epoch, index):
-        return augmentation.image(encoded, SPEC)
+    return augmentation.image(encoded, SPEC, mix(seed, epoch, index))
 
 
 def test_nothing_is_built_when_all_is_off() -> None:
@@ -113,7 +113,7 @@ def test_the_randomness_of_the_model_is_not_disturbed(encoded: bytes) -> None:
 
 def test_the_randomness_of_the_model_is_not_disturbed_by_an_error_either() -> None:
     state = torch.get_rng_state()
-    with contextlib.suppress(ZeroDivisionError), seeded(0, 0, 0):
+    with contextlib.suppress(ZeroDivisionError), seeded(0):
         torch.rand(1)
         raise ZeroDivisionError
     assert torch.equal(torch.get_rng_state(), state)
@@ -125,9 +125,8 @@ def test_the_randomness_of_the_model_is_not_disturbed_by_an_error_either() -> No
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (8, 8), (1, 1), (1, 300), (300, 1)])
 @pytest.mark.parametrize("smallest", [0.08, 0.5, 0.99])
 def test_a_random_box_lies_in_the_image(height: int, width: int, smallest: float) -> None:
-    torch.manual_seed(0)
-    for _ in range(100):
-        box = random_box(height, width, smallest)
+    for key in range(100):
+        box = random_box(key, height, width, smallest)
         assert min(box.height, box.width) >= 1
         assert min(box.top, box.left) >= 0
         assert box.top + box.height <= height
@@ -135,8 +134,7 @@ def test_a_random_box_lies_in_the_image(height: int, width: int, smallest: float
 
 
 def test_random_boxes_cover_the_stated_areas_ratios_and_places() -> None:
-    torch.manual_seed(0)
-    boxes = [random_box(400, 400, 0.25) for _ in range(2000)]
+    boxes = [random_box(mix(0, 0, index), 400, 400, 0.25) for index in range(2000)]
     areas = torch.tensor([box.height * box.width / 400**2 for box in boxes])
     ratios = torch.tensor([box.width / box.height for box in boxes])
     # Uniform on 0.25 to 1, less the large ones that do not fit; the bounds leave room for rounding to whole pixels.
@@ -147,5 +145,5 @@ def test_random_boxes_cover_the_stated_areas_ratios_and_places() -> None:
 
 
 def test_an_image_too_long_for_any_box_gives_its_middle() -> None:
-    assert random_box(30, 3000, 0.99) == (0, 1480, 30, 40)
-    assert random_box(3000, 30, 0.99) == (1480, 0, 40, 30)
+    assert random_box(0, 30, 3000, 0.99) == (0, 1480, 30, 40)
+    assert random_box(0, 3000, 30, 0.99) == (1480, 0, 40, 30)
