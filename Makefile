@@ -64,7 +64,16 @@ $(READY): requirements.lock pyproject.toml
 		install --no-deps --index-url $(TORCH_INDEX) $$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.lock); \
 	fi; \
 	install --no-deps --no-build-isolation --editable .
+	@$(VENV)/bin/python -c 'import pipeline.data.native._jpeg' 2> /dev/null || \
+		echo "the native decoder was not built (no C compiler, or no headers of libjpeg-turbo): torchvision.io decodes; make native"
 	@touch $@
+
+native: $(READY) ## the decoder in C, where set-up could not build it: needs cc and libjpeg-turbo's headers
+	@rm -rf build/native; mkdir -p build; $(VENV)/bin/python setup.py --quiet build_ext --inplace --force --build-temp build/native --build-lib build/native > build/native.log 2>&1; \
+	$(VENV)/bin/python -c 'import pipeline.data.native._jpeg' 2> /dev/null || \
+		{ grep -iE 'error|not found|no such' build/native.log | head -n 3 | cut -c 1-200 >&2 || true; \
+		echo "error: the native decoder was not built; install what it needs (Debian, Ubuntu: apt-get install gcc libjpeg-dev)" >&2; exit 2; }
+	@$(VENV)/bin/python -c 'from pipeline.data import native; print("crops are decoded by", native.describe(None))'
 
 data: $(READY) ## raw images -> shards in data/NAME
 	$(SHARDLINE) shard $(SETTINGS)

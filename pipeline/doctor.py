@@ -27,6 +27,7 @@ import pipeline
 from pipeline import accelerator, distributed
 from pipeline.config import Config
 from pipeline.console import show_marked
+from pipeline.data import native
 from pipeline.data.cache import require_room
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.order import local_batch_size
@@ -197,6 +198,13 @@ def _cores(patient: Patient) -> Finding:
     return Finding("green" if cores >= wanted else "yellow", found, "More loader processes than cores do not help.")
 
 
+def _decoder(patient: Patient) -> Finding:
+    found = native.describe(patient.config.data.decoder)
+    if patient.config.data.augment.crop_scale == 1:
+        return Finding("green", f"{found}, if there were random crops")
+    return Finding("green" if native.is_built() else "yellow", found, f"{native.HOW_TO_BUILD}: two to three times as fast.")
+
+
 def _shared_memory(patient: Patient) -> Finding:
     free, data = shutil.disk_usage("/dev/shm").free, patient.config.data  # noqa: S108 - the place itself is meant
     if not data.num_workers:
@@ -288,6 +296,7 @@ MACHINE_CHECKS: tuple[Check, ...] = (
     _torch,
     _gpus,
     _cores,
+    _decoder,
     _shared_memory,
     _open_files,
     _run_folder,

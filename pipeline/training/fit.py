@@ -18,6 +18,7 @@ from torch import nn
 from pipeline import accelerator, distributed
 from pipeline.config import Config, TrainerConfig
 from pipeline.console import say
+from pipeline.data import native
 from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.labels import TRADE_OFFS
 from pipeline.data.order import training_steps_per_epoch
@@ -195,6 +196,8 @@ def _fit_rank(
         place = f", going on after step {before['global_step']}" if before else ""
         say(f"training {config.name} on {describe_world(trainer)}{place}: {count_parameters(network):,} parameters")
         say_what_differs(config, before, trainer.world_size)
+        if config.data.augment.crop_scale < 1:
+            say(f"crops are decoded by {native.describe(config.data.decoder)}")
         if manifest.streams:
             say(f"{manifest.folder}: {TRADE_OFFS}")
     data = ShardDataModule(manifest, spec, config.data, config.seed)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-from pipeline.config import DataConfig, PreprocessConfig
+from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
 from pipeline.data.adopt import Adoption, adopt_shards
 from pipeline.data.datamodule import ResumableLoader, ShardDataModule
 from pipeline.manifest import DatasetManifest
@@ -39,12 +39,15 @@ def open_module(manifest: DatasetManifest, rank: int, world_size: int, config: D
 
 
 def config_of(num_workers: int, start_method: str, *, drop_last: bool = True) -> DataConfig:
-    """Loader settings of a case."""
+    """Loader settings of a case: processes, or `threads`, which need images that are only cropped."""
+    threads = start_method == "threads"
     return DataConfig(
         global_batch_size=GLOBAL_BATCH_SIZE,
         shuffle_shards=2,
         num_workers=num_workers,
-        start_method=start_method,  # type: ignore[arg-type]
+        start_method="forkserver" if threads else start_method,  # type: ignore[arg-type]
+        augment=AugmentConfig(crop_scale=0.5) if threads else AugmentConfig(),
+        decoder="native" if threads else None,
         drop_last=drop_last,
         timeout_seconds=120,
     )

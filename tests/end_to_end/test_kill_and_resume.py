@@ -10,16 +10,25 @@ from typing import Literal
 import pytest
 import torch
 
+from pipeline.data import native
 from tests.processes import kill, launcher_of, processes_of, ranks_of, shardline, started, wait_until
 
 STEPS_PER_EPOCH = 22
 SETTINGS = [
     "--data.global_batch_size=48",  # 1, 2 and 3 ranks share it
     "--model.dropout=0.3",
-    "--data.augment.rotate_degrees=10",
     "--trainer.max_epochs=3",
     "--trainer.checkpoint_every_steps=5",
 ]
+# Rotations are made in Python, by loader processes; crops alone in C, by threads.
+ROTATIONS = ["--data.augment.rotate_degrees=10"]
+CROPS = [
+    "--data.augment.crop_scale=0.6",
+    "--data.augment.horizontal_flip=0.5",
+    *(f"--data.augment.{name}=0" for name in ("rotate_degrees", "translate", "scale")),
+    "--data.decoder=native",
+]
+needs_native = pytest.mark.skipif(not native.is_built(), reason=f"needs the native decoder: {native.HOW_TO_BUILD}")
 Victim = Literal["rank", "torchrun", "front door", "everything"]
 
 
@@ -34,12 +43,14 @@ def weights_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def train(workspace: Path, name: str, ranks: int, workers: int = 0) -> subprocess.CompletedProcess[str]:
-    return shardline(*arguments(name, workers), cwd=workspace, PROCS=str(ranks))
+def train(
+    workspace: Path, name: str, ranks: int, workers: int = 0, changes: list[str] = ROTATIONS
+) -> subprocess.CompletedProcess[str]:
+    return shardline(*arguments(name, workers, changes), cwd=workspace, PROCS=str(ranks))
 
 
-def arguments(name: str, workers: int) -> list[str]:
-    return ["train", f"--name={name}", "--dataset.path=data/digits", f"--data.num_workers={workers}", *SETTINGS]
+def arguments(name: str, workers: int, changes: list[str] = ROTATIONS) -> list[str]:
+    return ["train", f"--name={name}", "--dataset.path=data/digits", f"--data.num_workers={workers}", *SETTINGS, *changes]
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +84,31 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     workspace: Path, undisturbed: dict[int, str], victim: Victim, ranks: int, workers: int
 ) -> None:
     name = f"killed-{victim.replace(' ', '-')}-{ranks}-{workers}"
+    kill_and_resume(workspace, name, victim, ranks, workers, ROTATIONS)
+    last = workspace / "runs" / name / "checkpoints/last.ckpt"
+    assert weights_of(last) == undisturbed_weights(workspace, ranks, undisturbed)
+
+
+@needs_native
+@pytest.mark.parametrize("victim", ["rank", pytest.param("everything", marks=pytest.mark.slow)])
+def test_a_killed_training_whose_batches_are_made_by_threads_goes_on_to_the_same_weights(
+    workspace: Path, victim: Victim
+) -> None:
+    name = f"killed-threads-{victim}"
+    kill_and_resume(workspace, name, victim, ranks=2, workers=2, changes=CROPS)
+    done = train(workspace, f"{name}-undisturbed", 2, workers=0, changes=CROPS)  # the rank itself makes the same batches
+    assert done.returncode == 0, done.stderr
+    runs = [workspace / "runs" / run / "checkpoints/last.ckpt" for run in (name, f"{name}-undisturbed")]
+    assert weights_of(runs[0]) == weights_of(runs[1])
+
+
+def kill_and_resume(workspace: Path, name: str, victim: Victim, ranks: int, workers: int, changes: list[str]) -> None:
+    """Train until somebody is killed in the middle of an epoch, and once more to the end."""
     run_dir = workspace / "runs" / name
     last = run_dir / "checkpoints/last.ckpt"
-    with started(*arguments(name, workers), cwd=workspace, log=workspace / f"{name}.log", PROCS=str(ranks)) as front_door:
+    with started(
+        *arguments(name, workers, changes), cwd=workspace, log=workspace / f"{name}.log", PROCS=str(ranks)
+    ) as front_door:
         wait_until(last.exists, "the first checkpoint")
         kill(*pids_of(victim, run_dir, ranks, front_door.pid))
         front_door.wait(timeout=60)
@@ -84,12 +117,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     step = torch.load(last, weights_only=True)["shardline"]["global_step"]
     assert step % STEPS_PER_EPOCH, "the kill was meant to fall into the middle of an epoch"
 
-    again = train(workspace, name, ranks, workers)
+    again = train(workspace, name, ranks, workers, changes)
 
     assert again.returncode == 0, again.stderr
     assert f"going on after step {step}:" in again.stdout
     assert torch.load(last, weights_only=True)["shardline"]["global_step"] == 3 * STEPS_PER_EPOCH
-    assert weights_of(last) == undisturbed_weights(workspace, ranks, undisturbed)
 
 
 def test_a_training_killed_between_two_epochs_goes_on_to_the_same_weights(workspace: Path, undisturbed: dict[int, str]) -> None:

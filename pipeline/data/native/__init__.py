@@ -24,7 +24,7 @@ STATUSES = ("decoded", "not supported", "too large", "broken", "cut short", "no 
 DECODED = 0
 # Where an encoded image lies, what its crop is drawn by, and the row of the batch that it fills (module.c).
 SAMPLE = np.dtype([("offset", np.int64), ("size", np.int64), ("key", np.uint64), ("file", np.int32), ("row", np.int32)])
-HOW_TO_BUILD = "`make native` builds it, given a C compiler and the headers of libjpeg-turbo"
+HOW_TO_BUILD = "`make native` builds it, where a C compiler and the headers of libjpeg-turbo are"
 
 
 def is_built() -> bool:
@@ -32,17 +32,17 @@ def is_built() -> bool:
     return _jpeg is not None
 
 
-def name_of(is_native: bool) -> str:
-    """The decoder in words, for logs and tables."""
-    if not is_native:
-        return "torchvision.io"
-    return f"native ({'AVX2' if _jpeg.use_avx2(True) else 'portable C'})"
+def describe(decoder: str | None) -> str:
+    """What decodes training's crops by `data.decoder`, in words. Raises ConfigError as `chosen` does."""
+    if chosen(decoder):
+        return f"the native decoder ({'AVX2' if _jpeg.use_avx2(True) else 'portable C'})"
+    return "torchvision.io" if is_built() else f"torchvision.io: the native decoder is not built here; {HOW_TO_BUILD}"
 
 
 def chosen(decoder: str | None) -> bool:
     """Whether `data.decoder` means the native one. Raises ConfigError where it is asked for and not built."""
     if decoder == "native" and not is_built():
-        raise ConfigError(f"`data.decoder` is native, which is not built here. {HOW_TO_BUILD[0].upper()}{HOW_TO_BUILD[1:]}.")
+        raise ConfigError(f"`data.decoder` is native, which is not built here. {HOW_TO_BUILD}.")
     return is_built() if decoder is None else decoder == "native"
 
 

@@ -1,15 +1,18 @@
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.config import AugmentConfig, DataConfig, PreprocessConfig
+from pipeline.data import native
 from pipeline.data.datamodule import ResumableLoader, ShardDataModule
 from pipeline.data.dataset import Batch
-from pipeline.errors import DataError, RunError
+from pipeline.errors import ConfigError, DataError, RunError
 from pipeline.manifest import DatasetManifest, open_index
 from pipeline.preprocess import build_spec
+from tests.distributed.id_data import make_dataset
 from tests.unit.data.test_dataset import damage
 from tests.unit.data.test_order import epoch_order
 
@@ -168,3 +171,83 @@ def test_two_loader_processes_give_the_same_batches_and_the_same_errors_as_none(
             list(loader)
         messages.append(str(refusal.value).split(": ends")[0])
     assert messages[0] == messages[1]
+
+
+# ---- threads ----
+
+CROPS = AugmentConfig(crop_scale=0.3, horizontal_flip=0.5)
+needs_native = pytest.mark.skipif(not native.is_built(), reason=f"needs the native decoder: {native.HOW_TO_BUILD}")
+
+
+@needs_native
+def test_threads_give_the_same_batches_and_the_same_errors_as_none(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path / "dataset", [1, 17, 2, 9, 7])  # 36 images
+    config = replace(CONFIG, augment=CROPS, drop_last=False)
+    alone, helped = (train_loader(manifest, replace(config, num_workers=number)) for number in (0, 3))
+    assert (alone.num_threads, helped.num_threads) == (0, 3)
+    for epoch in (0, 1):
+        for loader in (alone, helped):
+            loader.batches.set_epoch(epoch)
+        require_equal(helped, list(alone))
+    for loader in (alone, helped):
+        loader.load_state_dict({**alone.state_dict(), "epoch": 1, "batch": 2})
+    remaining = iter(helped)
+    require_equal([next(remaining)], [next(iter(alone))])
+    assert helped.state_dict()["batch"] == 3  # what was delivered, not what the threads have read ahead
+    del remaining
+
+    damage(manifest, 7)
+    for loader in (alone, helped):
+        loader.batches.set_epoch(2)
+    reports = [[(int(batch["index"][bad.row]), bad) for batch in loader for bad in batch["bad"]] for loader in (alone, helped)]
+    assert [index for index, _ in reports[0]] == [7]
+    assert reports[0] == reports[1]
+
+    (manifest.folder / "train-003.tar").write_bytes(b"")
+    for number in (0, 2):
+        with pytest.raises(DataError, match=r"train-003\.tar: ends before byte"):
+            list(train_loader(manifest, replace(config, num_workers=number)))
+
+
+@needs_native
+def test_a_batch_of_threads_is_not_written_over_while_it_is_held(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path / "dataset", [36])
+    config = replace(CONFIG, augment=CROPS, num_workers=2)
+    kept = list(train_loader(manifest, config))
+    require_equal(kept, train_loader(manifest, replace(config, num_workers=0)))
+
+
+@needs_native
+def test_more_shards_in_a_batch_than_files_stay_open_are_read_all_the_same(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path / "dataset", [2] * 18)
+    loader = train_loader(manifest, replace(CONFIG, augment=CROPS, shuffle_shards=18))
+    expected = list(loader)
+    loader.dataset.reader.max_open = 2  # type: ignore[attr-defined]
+    require_equal(loader, expected)
+
+
+def test_transforms_in_python_are_left_to_processes(tiny_dataset: DatasetManifest) -> None:
+    loader = train_loader(tiny_dataset, replace(CONFIG, augment=replace(CROPS, rotate_degrees=5.0), num_workers=1))
+    assert (loader.num_threads, loader.num_workers) == (0, 1)
+
+
+def test_without_the_native_decoder_processes_make_the_batches(
+    tiny_dataset: DatasetManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = train_loader(tiny_dataset, replace(CONFIG, augment=CROPS, num_workers=1, decoder="torchvision"))
+    assert (loader.num_threads, loader.num_workers) == (0, 1)
+    monkeypatch.setattr(native, "_jpeg", None)
+    loader = train_loader(tiny_dataset, replace(CONFIG, augment=CROPS, num_workers=1))
+    assert (loader.num_threads, loader.num_workers) == (0, 1)
+    with pytest.raises(ConfigError, match=r"`data\.decoder` is native, which is not built here\. `make native` builds it"):
+        train_loader(tiny_dataset, replace(CONFIG, augment=CROPS, decoder="native"))
+
+
+@needs_native
+def test_both_decoders_cut_the_same_boxes_and_differ_by_a_grey_level(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path / "dataset", [36])
+    config = replace(CONFIG, augment=CROPS)
+    ours, theirs = (train_loader(manifest, replace(config, decoder=decoder)) for decoder in ("native", "torchvision"))
+    for one, other in zip(ours, theirs, strict=True):
+        difference = (one["image"].int() - other["image"].int()).abs()
+        assert int(difference.max()) <= 1

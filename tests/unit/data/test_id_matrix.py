@@ -1,7 +1,7 @@
 """Every sample once in an evaluation, at most once in a training epoch: on any ranks, workers, shards, start methods.
 
-Ranks are simulated in this process. A worker is what a loader process of the start method would hold: the data set itself after
-a fork, an unpickled copy else; worker w of W makes every W-th batch. tests/distributed has some cases with real processes.
+Ranks are simulated in this process, threads are real. A worker is what a loader process of the start method would hold: the
+data set itself after a fork, an unpickled copy else; worker w of W makes every W-th batch. tests/distributed has real ones.
 """
 
 import itertools
@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.data import native
 from pipeline.data.datamodule import ResumableLoader
 from pipeline.manifest import DatasetManifest
 from tests.distributed.id_data import GLOBAL_BATCH_SIZE, LAYOUTS, config_of, ids_of, make_dataset, open_module
 
-WORLD_SIZES, WORKERS, START_METHODS = (1, 2, 3, 4), (0, 1, 3), ("fork", "forkserver", "spawn")
+WORLD_SIZES, WORKERS, START_METHODS = (1, 2, 3, 4), (0, 1, 3), ("fork", "forkserver", "spawn", "threads")
 EPOCHS = 2
 
 
@@ -46,17 +47,21 @@ def global_batches(
     train: list[list[list[int]]] = [[] for _ in range(EPOCHS)]
     evaluation: list[list[int]] = []
     for rank in range(world_size):
-        module = open_module(manifest, rank, world_size, config_of(0, start_method, drop_last=drop_last))
+        num_threads = num_workers if start_method == "threads" else 0  # which are real
+        module = open_module(manifest, rank, world_size, config_of(num_threads, start_method, drop_last=drop_last))
         train_loader, val_loader = module.train_dataloader(), module.val_dataloader()
         assert isinstance(train_loader, ResumableLoader)
+        assert train_loader.num_threads == num_threads
         for epoch in range(EPOCHS):
             _join(train[epoch], _ids(train_loader, num_workers, start_method, epoch))
-        _join(evaluation, _ids(val_loader, num_workers, start_method, 0))
+        _join(evaluation, _ids(val_loader, num_workers, "fork" if num_threads else start_method, 0))
     return train, evaluation
 
 
 def _ids(loader: ResumableLoader, num_workers: int, start_method: str, epoch: int) -> list[list[int]]:
-    return simulated(loader, num_workers, start_method, epoch) if num_workers else ids_of(loader, epoch)
+    if not num_workers or loader.num_threads:
+        return ids_of(loader, epoch)
+    return simulated(loader, num_workers, start_method, epoch)
 
 
 def _join(together: list[list[int]], local: list[list[int]]) -> None:
@@ -73,7 +78,8 @@ def test_each_sample_comes_as_often_as_it_must_in_every_case(layout: str, datase
     manifest = datasets[layout]
     number = manifest.split("train").num_samples
     expected = global_batches(manifest, 1, 0, "fork")
-    for case in itertools.product(WORLD_SIZES, WORKERS, START_METHODS):
+    start_methods = [method for method in START_METHODS if method != "threads" or native.is_built()]
+    for case in itertools.product(WORLD_SIZES, WORKERS, start_methods):
         train, evaluation = global_batches(manifest, *case)
         assert (train, evaluation) == expected, case  # one order for all of them
         for epoch in train:
