@@ -146,8 +146,8 @@ bench: $(READY) ## our data stage beside other loaders, on this machine
 	$(SHARDLINE) bench data $(ARGS)
 
 # The files in a wheel bear the time of the last commit, so the same commit gives the same bytes.
-package: $(READY) web ## source distribution and wheel, in dist/
-	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) $(VENV)/bin/python -m build --no-isolation --outdir dist . | tail -n 1
+package: $(READY) web ## source distribution and wheel, in dist/; the wheel has the native decoder and its libjpeg in it
+	@BIN=$(VENV)/bin SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) docker/package.sh . dist
 
 images: ## container images and what each holds (dist/sbom-NAME.json), by docker, podman or buildah: IMAGES="serve train"
 	@BUILDER=$(BUILDER) docker/build.sh $(IMAGES)

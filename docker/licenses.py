@@ -15,6 +15,7 @@ READ = {
     "cuda-toolkit": NVIDIA,
     "huey": "MIT",
     "nvidia-cusparselt-cu13": NVIDIA,
+    "pyelftools": "Unlicense",
     "python-dateutil": "Apache-2.0 OR BSD-3-Clause",
     "skops": "MIT",
 }
@@ -48,6 +49,7 @@ PERMISSIVE = {
     "MIT-0",
     "MIT-CMU",
     "PSF-2.0",
+    "Unlicense",
     "ZPL-2.1",
     "Zlib",
 }
@@ -56,6 +58,7 @@ OTHERS = {
     "LGPL-3.0-or-later": "may be used by anything; whoever passes it on must let others replace it",
     "MPL-2.0": "may be used by anything; changes of its own files are passed on under it",
     "GPL-3.0": "a program that checks this project's files; nothing of it is in what is passed on",
+    "GPL-3.0-or-later": "a program that builds its wheel; nothing of it is in what is passed on",
     NVIDIA: "not free software: CUDA and NCCL may be passed on with a program under NVIDIA's own terms (the CUDA Toolkit EULA)",
 }
 
@@ -123,7 +126,8 @@ HEAD = """# Licences of the dependencies
 
 Made by `make licenses` from `requirements.lock`, which has the versions, and what the packages say of themselves; their texts
 lie beside them, in the images too (`NAME.dist-info/licenses`). "BSD" is one of two that differ in a clause. The last column
-names the images that hold a package. Shardline itself is Apache-2.0.
+names the images that hold a package. Shardline itself is Apache-2.0; its wheel also holds libjpeg-turbo (IJG AND BSD-3-Clause
+AND Zlib, `pipeline/data/native`) and onnxruntime-web (MIT, `pipeline/export/web`).
 
 | package | licence | images |
 |---|---|---|"""

@@ -23,6 +23,7 @@ FROM packages AS code
 COPY requirements.lock ./
 RUN awk '/^[a-z]/ { keep = /^setuptools==/ } keep' requirements.lock > backend.lock \
     && tools/bin/pip install --no-cache-dir --no-deps --require-hashes -r backend.lock
+# Without setup.py, which builds the decoder of training.
 COPY pyproject.toml README.md LICENSE ./
 COPY pipeline pipeline
 COPY configs configs

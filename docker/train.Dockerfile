@@ -18,10 +18,10 @@ FROM ${BASE}
 # Bytecode is then checked by what a file holds: podman and buildah set every file's time after it was compiled.
 ARG SOURCE_DATE_EPOCH=0
 # NCCL looks for InfiniBand and RoCE in these libraries, and without them takes TCP, many times slower, without a word.
-# torch.compile needs a C++ compiler. Debian keeps only the newest of a version, so these are not pinned (DL3008).
+# torch.compile needs a C++ compiler, the native decoder that and libjpeg-turbo. Debian keeps only the newest of a version, so these are not pinned (DL3008).
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ibverbs-providers libibverbs1 librdmacm1 g++ \
+    && apt-get install --yes --no-install-recommends ibverbs-providers libibverbs1 librdmacm1 g++ libjpeg-dev \
     && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
 ENV PATH=/opt/shardline/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/shardline
@@ -30,7 +30,7 @@ COPY --from=locks /locks/cuda.lock ./
 RUN pip install --no-cache-dir --no-deps --require-hashes -r cuda.lock
 COPY --from=locks /locks/rest.lock ./
 RUN pip install --no-cache-dir --no-deps --require-hashes -r rest.lock
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY pipeline pipeline
 COPY configs configs
 COPY docker/licenses.py docker/sbom.py ./

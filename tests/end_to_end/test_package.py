@@ -16,6 +16,7 @@ import pytest
 from licenses import normalised
 from PIL import Image
 
+from pipeline.data import native
 from tests.processes import shardline, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,11 +32,11 @@ NO_NETWORK = re.compile("Failed to establish a new connection|Temporary failure 
 def built(folder: Path) -> tuple[Path, Path]:
     """Source distribution and wheel, as `make package` builds them, from a copy: a build leaves folders in the checkout."""
     for name in ("pipeline", "configs"):
-        shutil.copytree(REPOSITORY / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(REPOSITORY / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, folder / "source")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(folder / "source")]
-    environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
+    command = [str(REPOSITORY / "docker/package.sh"), str(folder / "source"), str(folder)]
+    environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000", "BIN": str(Path(sys.executable).parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (source,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
@@ -82,11 +83,25 @@ def bare() -> dict[str, str]:
 
 def test_the_wheel_holds_every_file_of_the_package(package: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(package[1]) as wheel:
-        packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        packed = {name for name in wheel.namelist() if ".dist-info/" not in name and not name.endswith("/")}
     files = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "pipeline").rglob("*") if path.is_file()}
     there = {name for name in files if "__pycache__" not in name and "/." not in name}
     there |= {f"pipeline/configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.yaml")}
-    assert packed == there
+    libraries = {name for name in packed if name.startswith("shardline.libs/")}
+    assert packed - libraries == there
+    assert bool(libraries) == native.is_built(), "the decoder's libjpeg is in the wheel"
+
+
+@pytest.mark.skipif(not native.is_built(), reason=f"needs the native decoder: {native.HOW_TO_BUILD}")
+def test_the_decoder_in_the_wheel_needs_no_library_of_the_machine(package: tuple[Path, Path], tmp_path: Path) -> None:
+    assert "manylinux" in package[1].name
+    with zipfile.ZipFile(package[1]) as wheel:
+        wheel.extractall(tmp_path)
+    # `ldd` follows what the loader would do; libjpeg must come from beside the package.
+    said = subprocess.check_output(["ldd", str(tmp_path / "pipeline/data/native/_jpeg.abi3.so")], text=True)
+    (libjpeg,) = [line for line in said.splitlines() if "libjpeg" in line]
+    assert str(tmp_path) in os.path.normpath(libjpeg.split("=> ")[1].split(" (")[0])
+    assert str(REPOSITORY) not in said
 
 
 def test_the_source_distribution_holds_what_the_wheel_is_built_from(package: tuple[Path, Path]) -> None:
