@@ -7,6 +7,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline import accelerator
 from pipeline.config import Config
+from pipeline.data import native
 from pipeline.data.cache import require_room
 from pipeline.data.mixing import require_mixable
 from pipeline.data.order import local_batch_size, training_steps_per_epoch
@@ -23,6 +24,7 @@ from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_
 
 def require_trainable(config: Config, manifest: DatasetManifest, world_size: int) -> None:
     """Refuse, before any rank starts, everything that would make one fail. Raises ConfigError or DataError."""
+    native.chosen(config.data.decoder)
     require_room(manifest, config.data)
     spec = spec_for(config, manifest)
     require_mixable(config.data.augment, local_batch_size(config.data.micro_batch_size, world_size))
