@@ -189,6 +189,7 @@ class Load:
         jpeg = next(encoded for encoded in self.images if kind_of(encoded) == "image/jpeg")
         bad = attacks(name, jpeg, self.predictor.spec.fixed_size[0])
         self.ends = time.perf_counter() + plan.seconds
+        print("begun", flush=True)
         async with asyncio.TaskGroup() as group:
             for number in range(plan.clients):
                 group.create_task(self._ask(good, number))

@@ -84,9 +84,12 @@ def loaded(model: Path, *options: str) -> Iterator[Served]:
 
 
 def start_load(plan: Plan) -> subprocess.Popen[str]:
-    """The clients and attackers, in a process of their own."""
+    """The clients and attackers, in a process of their own, once they ask."""
     command = [sys.executable, "-m", "tests.load", json.dumps(asdict(plan))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert load.stdout is not None
+    assert load.stdout.readline() == "begun\n"  # its imports take seconds on a busy machine
+    return load
 
 
 def report_of(load: subprocess.Popen[str], seconds: float) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def clone(workspace: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(1200)  # a whole training among them
 def test_every_command_runs(chain: dict[str, str], clone: Path) -> None:
     typed = [line for line in commands() if not line.startswith(ELSEWHERE)]
     assert len(typed) >= 5
@@ -54,7 +55,7 @@ def test_every_command_runs(chain: dict[str, str], clone: Path) -> None:
     # Two epochs instead of forty; everything else is as a reader types it.
     script = "\n".join(line.replace('ARGS="', 'ARGS="--trainer.max_epochs 2 ') for line in typed if not line.startswith(". "))
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=clone, env=environment, capture_output=True, text=True, timeout=560,
+        ["bash", "-euo", "pipefail", "-c", script], cwd=clone, env=environment, capture_output=True, text=True, timeout=1100,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
