@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+from pipeline.data import native
 from tests.processes import shardline
 
-EVERYWHERE = {"torch", "gpus", "cores", "shared memory", "open files", "run folder", "cache folder", "data set"}
+EVERYWHERE = {"torch", "gpus", "cores", "decoder", "shared memory", "open files", "run folder", "cache folder", "data set"}
 TOGETHER = {"mlflow", "rendezvous", "same everywhere", "one run folder", "clocks", "all reduce"}
 
 
@@ -25,6 +26,9 @@ def test_a_fit_machine_is_told_so_and_nothing_is_left_behind(workspace: Path, tm
     assert found["rendezvous"][1].startswith("2 processes on 1 machine: ")
     assert found["all reduce"][1].startswith("right, ")
     assert "1,797 samples" in found["data set"][1]
+    assert found["decoder"][1].startswith(
+        "the native decoder" if native.is_built() else "torchvision.io: the native decoder is not"
+    )
     assert {path.name for path in (tmp_path / "runs").iterdir()} <= {"doctor.json", "mlflow.db", ".mlflow.db.lock"}
     assert "next     shardline train" in done.stdout
 
