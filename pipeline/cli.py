@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pipeline
 from pipeline.errors import ConfigError, ShardlineError, explain_os_error, nearest
-from pipeline.verbs.dataset import index, inspect, shard, verify
+from pipeline.verbs.dataset import index, inspect, repack, shard, verify
 from pipeline.verbs.machine import bench, doctor
 from pipeline.verbs.model import predict, serve
 from pipeline.verbs.parsing import summary_of
@@ -74,6 +74,7 @@ def _overview() -> str:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "shard": shard,
+    "repack": repack,
     "index": index,
     "verify": verify,
     "inspect": inspect,

@@ -60,6 +60,11 @@ class DatasetConfig:
     jpeg_quality: int = setting(95, "quality at which images that are not JPEG are encoded")
     keep_format: bool = setting(False, "keep PNG, WebP, ... as they are instead of encoding them as JPEG")
     max_side: int | None = setting(None, "shrink larger images to this many pixels on their longest side")
+    restart: int | None = setting(
+        None,
+        "rewrite JPEGs without loss, with a restart marker every so many blocks (MCUs), or the largest smaller number that "
+        "divides a row of them: random crops decode faster",
+    )
     background: list[int] = setting([255, 255, 255], "RGB colour below transparent pixels, in shards and in serving")
     max_rejected: float = setting(0.01, "largest share of images that may be left out because they cannot be decoded")
 
@@ -568,6 +573,7 @@ RANGES = {
     "dataset.jpeg_quality": Range(1, 100),
     "dataset.class_level": COUNT,
     "dataset.max_side": COUNT,
+    "dataset.restart": Range(1, 65535),  # a JPEG counts them in 16 bits
     "dataset.max_rejected": Range(0, 1),
     "data.global_batch_size": COUNT,
     "data.shuffle_shards": COUNT,

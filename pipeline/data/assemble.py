@@ -27,6 +27,7 @@ from pipeline.manifest import (
     INDEX_ROW,
     MANIFEST_NAME,
     DatasetManifest,
+    ImageStats,
     IndexEntry,
     ShardEntry,
     SplitEntry,
@@ -43,10 +44,14 @@ class Gathered:
     shards: dict[str, list[tuple[str, ShardEntry]]] = field(default_factory=dict)  # by split: name in .partial, entry
     pixels: list[int] = field(default_factory=lambda: [0] * 7)  # count, 3 sums, 3 sums of squares
     train_labels: Counter[int] = field(default_factory=Counter)
+    num_kept: int = 0
+    kept: list[str] = field(default_factory=list)  # the first few of them, each with its reason
 
     def add(self, shard: ShardPlan, sidecar: dict[str, Any]) -> None:
         """Take in one shard."""
-        pixels, rows = sidecar["pixels"], sidecar["rows"]
+        pixels, rows, kept = sidecar["pixels"], sidecar["rows"], sidecar.get("kept", [])
+        self.num_kept += len(kept)
+        self.kept = (self.kept + [f"{name} ({reason})" for name, reason in kept])[:IMAGES_NAMED]
         values = [pixels["count"], *pixels["sums"], *pixels["squares"]]
         self.pixels = [total + value for total, value in zip(self.pixels, values, strict=True)]
         if shard.split == "train":
@@ -55,6 +60,16 @@ class Gathered:
             of_split = self.shards.setdefault(shard.split, [])
             name = f"{shard.split}-{len(of_split):06d}.tar"
             of_split.append((shard.name, ShardEntry(name, len(rows), sidecar["num_bytes"], sidecar["sha256"])))
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the manifest says of JPEGs that could not be rewritten; nothing where there are none."""
+        return {"num_kept": self.num_kept, "kept": self.kept} if self.num_kept else {}
+
+    def stats(self, split: str) -> ImageStats:
+        """Mean and standard deviation of the pixels."""
+        count, *pixels = self.pixels
+        return stats_of(count, pixels[:3], pixels[3:], split)
 
 
 def _first_label(row: list[int]) -> int:
@@ -74,18 +89,24 @@ def assemble(partial: Partial, plan: Plan, layout: Layout, max_rejected: float) 
         rejected = [REJECTED_NAME] if len(rejects) else []
         for name in rejected:
             rejects.write(partial.ready_dir / name)
-        info = _info(plan, rejects)
+        info = _info(plan, rejects) | gathered.info
+    make_ready(partial, plan, gathered, gathered.stats("train"), info, rejected)
+
+
+def make_ready(
+    partial: Partial, plan: Plan, gathered: Gathered, stats: ImageStats, info: dict[str, Any], others: list[str]
+) -> None:
+    """Write index, label rows and manifest into `partial.ready_dir`, and the name of each file; `others` lie there already."""
     splits = {split: _write_split(partial, plan, split, shards) for split, shards in gathered.shards.items()}
     moves = [(f"{partial.shards_dir.name}/{name}", entry.name) for shards in gathered.shards.values() for name, entry in shards]
     entries = [entry for split in splits.values() for entry in (split.index, split.labels) if entry]
-    moves += [(f"{partial.ready_dir.name}/{name}", name) for name in [entry.name for entry in entries] + rejected]
+    moves += [(f"{partial.ready_dir.name}/{name}", name) for name in [entry.name for entry in entries] + others]
     partial.write_json(partial.ready_dir / MOVES_NAME, moves)
-    count, *pixels = gathered.pixels
     DatasetManifest(
         task=plan.task,
         class_names=plan.class_names,
         splits=splits,
-        image_stats=stats_of(count, pixels[:3], pixels[3:], "train"),
+        image_stats=stats,
         preparation=plan.preparation,
         info=info,
         digest="",

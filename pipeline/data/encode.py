@@ -1,11 +1,12 @@
 """What becomes of one image on its way into a shard: checked by decoding it whole, kept as it is or encoded anew.
 
-A JPEG keeps its bytes: encoding it a second time would cost quality. Its EXIF orientation stays in it and is applied when it
-is read. Statistics are those of the pixels that a reader of the shard will see, not of the original.
+A JPEG keeps its bytes (with restart markers: its coefficients), for encoding it a second time would cost quality. Its EXIF
+orientation stays in it and is applied when it is read. Statistics are those of the pixels that a reader of the shard will see,
+not of the original.
 """
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from pipeline.config import DatasetConfig
+from pipeline.data.native import with_restarts
 from pipeline.errors import DataError
 from pipeline.manifest import ImageStats
 from pipeline.preprocess import FORMATS, MAX_PIXELS, open_image
@@ -29,11 +31,12 @@ LEVELS = np.arange(256, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An image as it goes into a shard. `pixels` is None where nobody decoded it."""
+    """An image as it goes into a shard. `pixels` is None where nobody decoded it; `kept` says why it has no restart markers."""
 
     content: bytes
     extension: str
     pixels: Image.Image | None
+    kept: str = ""
 
 
 class Encoder:
@@ -46,10 +49,22 @@ class Encoder:
         red, green, blue = config.background
         self.background = (red, green, blue)
         self.max_side, self.keep_format, self.quality = config.max_side, config.keep_format, config.jpeg_quality
-        self.trust = trust
+        self.restart, self.trust = config.restart, trust
 
     def encode(self, content: bytes, *, need_pixels: bool = False) -> Encoded:
         """Return what to store of an encoded image. Raises DataError with the reason when it cannot be decoded."""
+        return self.with_markers(self._encode(content, need_pixels))
+
+    def with_markers(self, encoded: Encoded) -> Encoded:
+        """The same image, with restart markers if they are asked for and it is a JPEG that can be rewritten."""
+        if self.restart is None or not encoded.content.startswith(JPEG_START):
+            return encoded
+        try:
+            return replace(encoded, content=with_restarts(encoded.content, self.restart))
+        except DataError as error:
+            return replace(encoded, kept=str(error))
+
+    def _encode(self, content: bytes, need_pixels: bool) -> Encoded:
         is_jpeg = content.startswith(JPEG_START)
         if self.trust and not need_pixels and (is_jpeg or self.keep_format) and self._looks_whole(content):
             return Encoded(content, "jpg" if is_jpeg else "png", None)

@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.console import progress
 from pipeline.data.encode import Encoder
 from pipeline.data.listing import Listing
-from pipeline.data.parallel import SharedCounter, run_parallel
+from pipeline.data.parallel import SharedCounter, counted, run_parallel
 from pipeline.data.partial import Partial, Share
 from pipeline.data.sources import ImageSource
 from pipeline.errors import DataError
@@ -49,19 +48,14 @@ def hash_images(listing: Listing, source: ImageSource, encoder: Encoder, partial
     if not missing:
         return
     already = listing.num_images - sum(listing.chunk_size(number) for number in missing)
-    with progress("hash", listing.num_images, already=already) as show:
-        counter = SharedCounter(lambda number: show(already + number))
+    with counted("hash", listing.num_images, already) as counter:
 
         def hash_chunk(chunk: Chunk) -> None:
             partial.write_json(partial.hashes_path(chunk.number), _hash_chunk(chunk, source, encoder, counter))
 
         chunks = _chunks(listing, _in_turn(missing, share), partial)
-        try:
-            for _ in run_parallel(hash_chunk, chunks, workers, counter.look):
-                pass
-        finally:
-            counter.look()
-            counter.close()
+        for _ in run_parallel(hash_chunk, chunks, workers, counter.look):
+            pass
 
 
 def _in_turn(numbers: list[int], share: Share) -> list[int]:

@@ -3,8 +3,10 @@
 A sidecar says all that the manifest and the index need, so nobody has to read a shard again.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,20 @@ class ShardJob:
     images: list[PlacedImage]
 
 
+@contextlib.contextmanager
+def new_shard(partial: Partial, name: str) -> Iterator[TarWriter]:
+    """A tar that gets its name when the block, which finishes it, ends; nothing is left of it when the block fails."""
+    final = partial.shard_path(name)
+    final.parent.mkdir(exist_ok=True)
+    tar = TarWriter(temporary_name(final, partial.owner))
+    try:
+        yield tar
+        publish(tar.path, final)
+    except BaseException:
+        tar.abandon()
+        raise
+
+
 @dataclass(frozen=True)
 class Packer:
     """Writes shards; `stats_every` is the distance of the training images that the statistics are taken of."""
@@ -44,21 +60,15 @@ class Packer:
 
     def write(self, job: ShardJob) -> None:
         """Write a shard, then its sidecar. Raises DataError when an image is no longer the one that was hashed."""
-        final = self.partial.shard_path(job.shard.name)
-        final.parent.mkdir(exist_ok=True)
-        tar = TarWriter(temporary_name(final, self.partial.owner))
-        try:
+        with new_shard(self.partial, job.shard.name) as tar:
             sidecar = self._pack(job, tar)
             sidecar |= {"sha256": tar.finish(), "num_bytes": tar.num_bytes}
-            publish(tar.path, final)
-        except BaseException:
-            tar.abandon()
-            raise
         self.partial.write_json(self.partial.sidecar_path(job.shard.name), sidecar)
 
     def _pack(self, job: ShardJob, tar: TarWriter) -> dict[str, Any]:
         rows: list[list[int]] = []  # offset, size, labels
         rejected: list[tuple[str, str]] = []
+        kept: list[tuple[str, str]] = []
         sums = PixelSums()
         for number, image in enumerate(job.images, start=job.shard.first):
             self.counter.add()
@@ -78,9 +88,10 @@ class Packer:
             if counts:
                 assert encoded.pixels is not None
                 sums.add(encoded.pixels)
+            if encoded.kept:
+                kept.append((image.name, encoded.kept))
             rows.append(self._add(tar, image, number, encoded))
-        count, totals, squares = sums.totals()
-        return {"rows": rows, "rejected": rejected, "pixels": {"count": count, "sums": totals, "squares": squares}}
+        return {"rows": rows, "rejected": rejected, "kept": kept, "pixels": pixels_of(sums)}
 
     def _add(self, tar: TarWriter, image: PlacedImage, number: int, encoded: Encoded) -> list[int]:
         key = f"{number:08d}-{key_part(image.name)}"
@@ -89,6 +100,12 @@ class Packer:
         if self.task == "multi":
             tar.add(f"{key}.json", json.dumps({"labels": image.labels}).encode())
         return [offset, len(encoded.content), *image.labels]
+
+
+def pixels_of(sums: PixelSums) -> dict[str, Any]:
+    """What a sidecar says of the pixels of its shard."""
+    count, totals, squares = sums.totals()
+    return {"count": count, "sums": totals, "squares": squares}
 
 
 def key_part(name: str) -> str:

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.console import progress
 from pipeline.distributed import die_with
 from pipeline.errors import ShardlineError
 
@@ -72,6 +73,18 @@ class SharedCounter:
     def close(self) -> None:
         """Give the descriptor back."""
         os.close(self._descriptor)
+
+
+@contextlib.contextmanager
+def counted(description: str, total: int, already: int) -> Iterator[SharedCounter]:
+    """Show how many of `total` images are done, given what processes add to the counter and those done by an earlier run."""
+    with progress(description, total, already=already) as show:
+        counter = SharedCounter(lambda number: show(already + number))
+        try:
+            yield counter
+        finally:
+            counter.look()
+            counter.close()
 
 
 def run_parallel(

@@ -44,13 +44,20 @@ class TarWriter:
 
     def add(self, name: str, content: bytes) -> int:
         """Append a member and return the offset of its content."""
-        offset = self.num_bytes + BLOCK_BYTES
-        padding = -len(content) % BLOCK_BYTES
-        self._pieces += (tar_header(name, len(content)), content, _ZEROS[:padding])
-        self.num_bytes = offset + len(content) + padding
+        return self.add_member(tar_header(name, len(content)), content)
+
+    def add_member(self, header: bytes, content: bytes) -> int:
+        """Append a member that has its header and return the offset of its content."""
+        offset = self.num_bytes + len(header)
+        self.add_blocks(header, content, _ZEROS[: -len(content) % BLOCK_BYTES])
+        return offset
+
+    def add_blocks(self, *pieces: bytes) -> None:
+        """Append what makes whole blocks together."""
+        self._pieces += pieces
+        self.num_bytes += sum(map(len, pieces))
         if self.num_bytes - self._written >= BYTES_AT_A_TIME or len(self._pieces) >= PIECES_AT_A_TIME:
             self._write()
-        return offset
 
     def finish(self) -> str:
         """Write the end of the tar, bring it safely to the disk, and return its sha256."""

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DatasetConfig
-from pipeline.console import progress, say
+from pipeline.console import say
 from pipeline.data.assemble import assemble, move_earlier_out, publish_dataset
 from pipeline.data.encode import Encoder
 from pipeline.data.hashing import hash_images, read_contents
 from pipeline.data.listing import Fingerprint, Listing
+from pipeline.data.native import require_for_restarts
 from pipeline.data.pack import Packer, ShardJob
-from pipeline.data.parallel import SharedCounter, default_workers, run_parallel
+from pipeline.data.parallel import counted, default_workers, run_parallel
 from pipeline.data.partial import OWN_NAMES, Partial, Plan, Share
 from pipeline.data.plan import Layout, ShardPlan, plan_layout
 from pipeline.data.sources import ImageSource, open_source
@@ -52,6 +53,8 @@ def preparation_of(config: DatasetConfig, kind: str, *, trust: bool = False) -> 
         "max_side": config.max_side,
         "background": config.background,
     }
+    if config.restart is not None:
+        preparation["restart"] = config.restart
     if trust:
         preparation["trust"] = {"statistics_of_at_most": TRUSTED_STATISTICS}
     return preparation
@@ -66,12 +69,13 @@ def prepare_dataset(
     damaged one, and when something else than a data set lies there. The caller holds the folder's lock.
     """
     if not fresh and (manifest := _up_to_date(config, folder)):
-        _remove_what_is_left(Partial(folder), manifest)
+        remove_what_is_left(Partial(folder), manifest)
         return manifest, False
+    require_for_restarts(config.restart)
     with contextlib.closing(open_source(config)) as source:
-        _require_own(folder)
+        require_own(folder)
         if fresh:
-            with _explained(Partial(folder)):
+            with explained(Partial(folder)):
                 _start_over(Partial(folder))
         if (folder / MANIFEST_NAME).is_file():
             say(f"{folder}: {'--fresh was given' if fresh else 'the images or the settings of `dataset` changed'}")
@@ -86,9 +90,9 @@ def write_dataset(
     Raises DataError when too many images cannot be decoded; what was done is kept.
     """
     partial = Partial(folder)
-    with _explained(partial), Listing(partial.root / "images.sqlite") as listing:
+    with explained(partial), Listing(partial.root / "images.sqlite") as listing:
         plan = _list(listing, source, config, trust)
-        _agree(partial, plan)
+        agree(partial, plan)
         partial.remove_temporary()
         if not (partial.ready_dir / MANIFEST_NAME).exists():
             work = _Work(source, config, partial, plan, listing, Share(), workers)
@@ -120,13 +124,14 @@ def write_part(
     """
     if _up_to_date(config, folder):
         return None
+    require_for_restarts(config.restart)
     share = Share(part, num_parts)
     partial = Partial(folder, share.owner)
     with contextlib.closing(open_source(config)) as source:
-        _require_own(folder)
+        require_own(folder)
         while True:
             with (
-                _explained(partial),
+                explained(partial),
                 locked(folder, shared=True),
                 locked(partial.root / share.owner, wait_seconds=SECONDS_TO_END),
                 Listing(partial.root / f"images-{share.owner}.sqlite") as listing,
@@ -157,7 +162,7 @@ def merge_parts(config: DatasetConfig, folder: Path) -> tuple[DatasetManifest, b
         raise DataError(
             f"{folder}: its parts were made with other settings of `dataset`. Merge with the settings of the parts."
         )
-    with _explained(partial):
+    with explained(partial):
         if not (partial.ready_dir / MANIFEST_NAME).exists():
             layout = partial.read_layout()
             _require_all_parts(partial, layout, config.samples_per_shard)
@@ -216,15 +221,12 @@ class _Work:
         already = total - sum(shard.count for shard in shards)
         stats_every = 1 + (layout.num_images["train"] - 1) // TRUSTED_STATISTICS if self.encoder.trust else 1
         jobs = (ShardJob(shard, self.listing.placed(shard.first_of_all, shard.count)) for shard in shards)
-        with progress("write", total, already=already) as show:
-            counter = SharedCounter(lambda number: show(already + number))
+        with counted("write", total, already) as counter:
             packer = Packer(self.source, self.encoder, self.partial, self.plan.task, stats_every, counter)
             try:
                 for _ in run_parallel(packer.write, jobs, self.num_workers, counter.look):
                     pass
             finally:
-                counter.look()
-                counter.close()
                 self.partial.remove_temporary()  # of processes that ended because another failed
 
 
@@ -276,8 +278,10 @@ def _up_to_date(config: DatasetConfig, folder: Path) -> DatasetManifest | None:
     if not (folder / MANIFEST_NAME).is_file():
         return None
     manifest = load_dataset(folder)
-    if manifest.preparation.get("source") == "index":
-        say(f"{folder}: holds shards that `shardline index` adopted; they stay unless --fresh is given")
+    is_repacked = "repack" in manifest.preparation
+    if is_repacked or manifest.preparation.get("source") == "index":
+        made = "repack` wrote" if is_repacked else "index` adopted"
+        say(f"{folder}: holds shards that `shardline {made}; they stay unless --fresh is given")
         return manifest
     with contextlib.closing(open_source(config)) as source:
         wanted = preparation_of(config, source.kind)
@@ -291,7 +295,7 @@ def _up_to_date(config: DatasetConfig, folder: Path) -> DatasetManifest | None:
         return manifest if manifest.info["source_fingerprint"] == _complete(fingerprint.hexdigest(), source) else None
 
 
-def _remove_what_is_left(partial: Partial, manifest: DatasetManifest) -> None:
+def remove_what_is_left(partial: Partial, manifest: DatasetManifest) -> None:
     """Finish a run that was killed when all but the removal of its own files was done."""
     if partial.root.exists():
         plan = partial.read_plan()
@@ -299,7 +303,7 @@ def _remove_what_is_left(partial: Partial, manifest: DatasetManifest) -> None:
             partial.remove()
 
 
-def _require_own(folder: Path) -> None:
+def require_own(folder: Path) -> None:
     """Refuse to write where a data set could not be put into its place in the end."""
     if (folder / MANIFEST_NAME).is_file():
         if folder.is_mount():
@@ -310,10 +314,10 @@ def _require_own(folder: Path) -> None:
     elif folder.is_dir():
         foreign = sorted(path.name for path in folder.iterdir() if not OWN_NAMES.fullmatch(path.name))
         if foreign:
-            raise DataError(f"{folder}: is not a data set but holds {foreign[0]}. Choose another --dataset.path.")
+            raise DataError(f"{folder}: is not a data set but holds {foreign[0]}. Choose another folder.")
 
 
-def _agree(partial: Partial, plan: Plan) -> None:
+def agree(partial: Partial, plan: Plan) -> None:
     """See to it that the files in `partial` belong to `plan`; remove them if they do not. The caller is alone there."""
     found = partial.read_plan()
     if found is not None and found.is_same(plan):
@@ -340,7 +344,7 @@ def _take_over(partial: Partial, plan: Plan) -> None:
     deadline = time.monotonic() + SECONDS_FOR_OTHERS
     while True:
         with contextlib.suppress(RunError), locked(partial.folder):
-            _agree(partial, plan)
+            agree(partial, plan)
             return
         found = partial.read_plan()
         if found is not None and found.is_same(plan):
@@ -360,7 +364,7 @@ def _start_over(partial: Partial) -> None:
 
 
 @contextlib.contextmanager
-def _explained(partial: Partial) -> Iterator[None]:
+def explained(partial: Partial) -> Iterator[None]:
     """Turn what the operating system refuses into one clear line."""
     folder = partial.folder
     try:

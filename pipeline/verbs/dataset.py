@@ -1,4 +1,4 @@
-"""`shard`, `index`, `verify` and `inspect`: the verbs of a data set; `verify` proves a model, too."""
+"""`shard`, `repack`, `index`, `verify` and `inspect`: the verbs of a data set; `verify` proves a model, too."""
 
 import shlex
 import sys
@@ -16,8 +16,9 @@ from pipeline.verbs.parsing import command_line, parser_of, up_to_date, without_
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-# Settings that are often given to `shard` by hand; the other verbs know only the long form.
+# Settings that are often given to `shard` by hand; the other verbs know only the long form. `repack` has those of images.
 SHORT_OPTIONS = {
+    "--restart": "--dataset.restart",
     "--max-side": "--dataset.max_side",
     "--keep-format": "--dataset.keep_format",
     "--max-rejected": "--dataset.max_rejected",
@@ -119,6 +120,9 @@ def _dataset_facts(manifest: DatasetManifest, folder: Path) -> dict[str, str]:
     }
     if manifest.info["num_ignored"]:
         facts["ignored"] = f"{manifest.info['num_ignored']:,} files: no images of a known kind, or in no class folder"
+    if manifest.info.get("num_kept"):
+        named, more = "; ".join(manifest.info["kept"]), manifest.info["num_kept"] - len(manifest.info["kept"])
+        facts["kept"] = f"{manifest.info['num_kept']:,} JPEGs as they are: {named}" + (f"; and {more:,} more" if more else "")
     if manifest.info.get("num_rejected"):
         reasons = "; ".join(f"{number:,} {reason}" for reason, number in manifest.info["rejected"].items())
         facts["rejected"] = f"{reasons} (see rejected.jsonl)"
@@ -134,6 +138,43 @@ def _with_long_options(argv: list[str]) -> list[str]:
             equals, value = "=", "true"
         long.append(f"{SHORT_OPTIONS.get(name, name)}{equals}{value}")
     return long
+
+
+def repack(argv: list[str]) -> int:
+    """Rewrite the JPEGs of a data set into another one: with restart markers, smaller, or both."""
+    argv = _with_long_options(argv)
+    parser = parser_of(repack, positional="IN OUT ")
+    parser.add_argument("source", nargs="?", metavar="IN", help="folder or URL of a data set of shards; it is only read")
+    parser.add_argument(
+        "folder", nargs="?", metavar="OUT", help="folder for the new one: same samples, order, keys, labels and splits"
+    )
+    parser.add_argument("--workers", type=int, help="processes; default: one for each CPU that may be used")
+    for short in ("--restart", "--max-side"):
+        parser.add_argument(short, help=f"short for {SHORT_OPTIONS[short]}")
+    config, options = parse_config(parser, argv)
+    if options.folder is None:
+        raise ConfigError("say which data set and where to: `shardline repack IN OUT --restart 4`.")
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"`--workers` is {options.workers}; it must be 1 or more.")
+    if is_url(options.folder):
+        raise ConfigError(f"{options.folder}: a data set cannot be written there. Give a folder, and copy it there afterwards.")
+    from pipeline.data.repack import repack_dataset
+
+    source, folder = load_dataset(options.source, config.data.cache_folder), Path(options.folder)
+    with locked(folder, wait_seconds=SECONDS_TO_END):
+        manifest, made = repack_dataset(source, folder, config.dataset, config.data, options.workers)
+    if not made:
+        return up_to_date("repack", folder)
+    facts = _dataset_facts(manifest, folder) | {"bytes": _change_of_bytes(source, manifest)}
+    closing_box("data set repacked", facts, shlex.join(["shardline", "inspect", str(folder)]))
+    return 0
+
+
+def _change_of_bytes(before: DatasetManifest, after: DatasetManifest) -> str:
+    old, new = (
+        sum(shard.num_bytes for split in manifest.splits.values() for shard in split.shards) for manifest in (before, after)
+    )
+    return f"{new:,}, {new / old - 1:+.1%}"
 
 
 def index(argv: list[str]) -> int:

@@ -39,6 +39,12 @@ def describe(decoder: str | None) -> str:
     return "torchvision.io" if is_built() else f"torchvision.io: the native decoder is not built here; {HOW_TO_BUILD}"
 
 
+def require_for_restarts(restart: int | None) -> None:
+    """Refuse `dataset.restart` where the decoder, which sets the markers, is not built. Raises ConfigError."""
+    if restart is not None and not is_built():
+        raise ConfigError(f"`dataset.restart` needs the native decoder, which is not built here: {HOW_TO_BUILD}.")
+
+
 def chosen(decoder: str | None) -> bool:
     """Whether `data.decoder` means the native one. Raises ConfigError where it is asked for and not built."""
     if decoder == "native" and not is_built():
@@ -69,9 +75,13 @@ class CropReader:
 
 
 def with_restarts(encoded: bytes, interval: int) -> bytes:
-    """The same JPEG, coefficient for coefficient, with a restart marker every `interval` MCUs. Raises DataError."""
+    """The same JPEG, coefficient for coefficient, with a restart marker every `interval` MCUs.
+
+    Where `interval` does not divide a row of MCUs, the largest smaller number that does is taken. The result has been read
+    again and compared. Raises DataError with the reason where there is none.
+    """
     try:
-        rewritten: bytes = _jpeg.with_restarts(encoded, interval)
+        rewritten: bytes = _jpeg.with_restarts(encoded, interval, MAX_PIXELS)
     except ValueError as error:
         raise DataError(str(error)) from error
     return rewritten

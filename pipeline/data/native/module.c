@@ -206,12 +206,13 @@ static PyObject *py_with_restarts(PyObject *self, PyObject *args) {
     (void)self;
     Py_buffer jpeg;
     unsigned interval;
-    if (!PyArg_ParseTuple(args, "y*I", &jpeg, &interval)) return NULL;
+    unsigned long long max_pixels;
+    if (!PyArg_ParseTuple(args, "y*IK", &jpeg, &interval, &max_pixels)) return NULL;
     uint8_t *out = NULL;
     size_t size = 0;
     char reason[MAX_REASON] = "";
     Py_BEGIN_ALLOW_THREADS;
-    add_restarts(jpeg.buf, (size_t)jpeg.len, interval, &out, &size, reason);
+    add_restarts(jpeg.buf, (size_t)jpeg.len, interval, max_pixels, &out, &size, reason);
     Py_END_ALLOW_THREADS;
     PyBuffer_Release(&jpeg);
     PyObject *result = out ? PyBytes_FromStringAndSize((const char *)out, (Py_ssize_t)size) : NULL;
@@ -234,7 +235,7 @@ static PyMethodDef methods[] = {
     {"read_crops", py_read_crops, METH_VARARGS,
      "read_crops(samples, smallest, flip, max_pixels, height, width, out, statuses)"},
     {"random_box", py_random_box, METH_VARARGS, "random_box(key, height, width, smallest) -> (top, left, height, width)"},
-    {"with_restarts", py_with_restarts, METH_VARARGS, "with_restarts(jpeg, interval) -> jpeg"},
+    {"with_restarts", py_with_restarts, METH_VARARGS, "with_restarts(jpeg, interval, max_pixels) -> jpeg"},
     {"use_avx2", py_use_avx2, METH_VARARGS, "use_avx2(wanted) -> whether it is used"},
     {NULL, NULL, 0, NULL},
 };

@@ -8,15 +8,25 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
+/* A progressive file of a few kilobytes can make a decoder pass over all of its pixels thousands of times. */
+#define MAX_SCANS 500
+
 struct transcoder {
-    struct jpeg_decompress_struct from;
+    struct jpeg_decompress_struct from, again; /* the given file, and what was made of it */
     struct jpeg_compress_struct to;
     struct jpeg_error_mgr errors;
+    struct jpeg_progress_mgr progress;
+    struct jpeg_destination_mgr destination;
     jmp_buf failed;
     char *reason;
-    unsigned char *bytes;
-    unsigned long size;
+    uint8_t *bytes;
+    size_t size;
 };
+
+static void fail(struct transcoder *transcoder, const char *reason) {
+    snprintf(transcoder->reason, MAX_REASON, "%s", reason);
+    longjmp(transcoder->failed, 1);
+}
 
 static void on_error(j_common_ptr info) {
     struct transcoder *transcoder = info->client_data;
@@ -28,48 +38,135 @@ static void on_message(j_common_ptr info, int level) {
     if (level < 0) on_error(info); /* a warning: guessed coefficients, which must not be written as if they were there */
 }
 
-/* All other segments in their order; JFIF's and Adobe's are written by libjpeg itself, from what it read. */
+static void on_progress(j_common_ptr info) {
+    if (((j_decompress_ptr)info)->input_scan_number > MAX_SCANS) fail(info->client_data, "More scans than an image has");
+}
+
+/* ---- the result in memory; libjpeg's own destination loses what it holds when it fails ---- */
+
+static void begin(j_compress_ptr to) {
+    struct transcoder *transcoder = to->client_data;
+    transcoder->bytes = malloc(transcoder->size);
+    if (!transcoder->bytes) fail(transcoder, "No memory");
+    to->dest->next_output_byte = transcoder->bytes;
+    to->dest->free_in_buffer = transcoder->size;
+}
+
+static boolean grow(j_compress_ptr to) {
+    struct transcoder *transcoder = to->client_data;
+    uint8_t *larger = realloc(transcoder->bytes, 2 * transcoder->size);
+    if (!larger) fail(transcoder, "No memory");
+    transcoder->bytes = larger;
+    to->dest->next_output_byte = larger + transcoder->size;
+    to->dest->free_in_buffer = transcoder->size;
+    transcoder->size *= 2;
+    return TRUE;
+}
+
+static void end(j_compress_ptr to) {
+    struct transcoder *transcoder = to->client_data;
+    transcoder->size -= to->dest->free_in_buffer;
+}
+
+/* ---- from one file to the other ---- */
+
+static int is_segment(jpeg_saved_marker_ptr marker, int number, const char *name, unsigned length) {
+    return marker->marker == JPEG_APP0 + number && marker->data_length >= length && !memcmp(marker->data, name, length);
+}
+
+/* All other segments in their order. JFIF's and Adobe's are written by libjpeg itself, from what it read; an index of further
+   pictures behind the end of the first (CIPA DC-007) goes with those, which are no part of a JPEG. */
 static void copy_segments(struct jpeg_decompress_struct *from, struct jpeg_compress_struct *to) {
     for (jpeg_saved_marker_ptr marker = from->marker_list; marker; marker = marker->next) {
-        int is_jfif = marker->marker == JPEG_APP0 && marker->data_length >= 5 && !memcmp(marker->data, "JFIF\0", 5);
-        int is_adobe = marker->marker == JPEG_APP0 + 14 && marker->data_length >= 5 && !memcmp(marker->data, "Adobe", 5);
-        if ((is_jfif && to->write_JFIF_header) || (is_adobe && to->write_Adobe_marker)) continue;
+        if (to->write_JFIF_header && is_segment(marker, 0, "JFIF\0", 5)) continue;
+        if (to->write_Adobe_marker && is_segment(marker, 14, "Adobe", 5)) continue;
+        if (is_segment(marker, 2, "MPF\0", 4)) continue;
         jpeg_write_marker(to, marker->marker, marker->data, marker->data_length);
     }
 }
 
-static void transcode(struct transcoder *transcoder, const uint8_t *jpeg, size_t size, unsigned interval) {
+/* The largest number of MCUs up to `interval` that divides a row of them: every row then has its markers at the same columns,
+   without which a decoder could not cut a rectangle out. */
+static unsigned dividing(const struct jpeg_decompress_struct *from, unsigned interval) {
+    unsigned mcu_width = DCTSIZE * (unsigned)from->max_h_samp_factor;
+    unsigned across = (from->image_width + mcu_width - 1) / mcu_width;
+    if (from->num_components == 1) across = from->comp_info->width_in_blocks; /* one component is never interleaved */
+    if (!interval || interval > across) interval = across;
+    while (across % interval) interval--;
+    return interval;
+}
+
+static int is_same_component(struct transcoder *transcoder, int number, jvirt_barray_ptr given, jvirt_barray_ptr written) {
+    struct jpeg_decompress_struct *from = &transcoder->from, *again = &transcoder->again;
+    jpeg_component_info *one = from->comp_info + number, *other = again->comp_info + number;
+    if (one->width_in_blocks != other->width_in_blocks || one->height_in_blocks != other->height_in_blocks ||
+        one->h_samp_factor != other->h_samp_factor || one->v_samp_factor != other->v_samp_factor)
+        return 0;
+    if (one->quant_table && memcmp(one->quant_table->quantval, other->quant_table->quantval, sizeof one->quant_table->quantval))
+        return 0;
+    for (JDIMENSION row = 0; row < one->height_in_blocks; row++) {
+        JBLOCKARRAY blocks = from->mem->access_virt_barray((j_common_ptr)from, given, row, 1, FALSE);
+        JBLOCKARRAY others = again->mem->access_virt_barray((j_common_ptr)again, written, row, 1, FALSE);
+        if (memcmp(blocks[0], others[0], one->width_in_blocks * sizeof(JBLOCK))) return 0;
+    }
+    return 1;
+}
+
+/* Read what was written and hold it against what was read first. */
+static void require_same(struct transcoder *transcoder, jvirt_barray_ptr *given) {
+    struct jpeg_decompress_struct *from = &transcoder->from, *again = &transcoder->again;
+    jpeg_mem_src(again, transcoder->bytes, (unsigned long)transcoder->size);
+    jpeg_read_header(again, TRUE);
+    jvirt_barray_ptr *written = jpeg_read_coefficients(again);
+    int is_same = from->image_width == again->image_width && from->image_height == again->image_height &&
+                  from->num_components == again->num_components && from->jpeg_color_space == again->jpeg_color_space;
+    for (int number = 0; is_same && number < from->num_components; number++)
+        is_same = is_same_component(transcoder, number, given[number], written[number]);
+    if (!is_same) fail(transcoder, "What was written is not what was read");
+}
+
+static void transcode(struct transcoder *transcoder, const uint8_t *jpeg, size_t size, unsigned interval, uint64_t max_pixels) {
     struct jpeg_decompress_struct *from = &transcoder->from;
     struct jpeg_compress_struct *to = &transcoder->to;
     jpeg_create_decompress(from);
+    jpeg_create_decompress(&transcoder->again);
     jpeg_create_compress(to);
+    from->progress = &transcoder->progress;
     jpeg_mem_src(from, jpeg, (unsigned long)size);
     jpeg_save_markers(from, JPEG_COM, 0xFFFF);
     for (int number = 0; number < 16; number++) jpeg_save_markers(from, JPEG_APP0 + number, 0xFFFF);
     jpeg_read_header(from, TRUE);
+    if ((uint64_t)from->image_width * from->image_height > max_pixels) fail(transcoder, "More pixels than an image may have");
     jvirt_barray_ptr *coefficients = jpeg_read_coefficients(from);
     jpeg_copy_critical_parameters(from, to);
-    to->restart_interval = interval;
+    to->restart_interval = dividing(from, interval);
     to->restart_in_rows = 0;
     to->optimize_coding = TRUE; /* its own Huffman tables win back what the markers cost */
-    jpeg_mem_dest(to, &transcoder->bytes, &transcoder->size);
+    to->dest = &transcoder->destination;
     jpeg_write_coefficients(to, coefficients);
     copy_segments(from, to);
     jpeg_finish_compress(to);
-    jpeg_finish_decompress(from);
+    require_same(transcoder, coefficients);
 }
 
-void add_restarts(const uint8_t *jpeg, size_t size, unsigned interval, uint8_t **out, size_t *out_size, char *reason) {
+void add_restarts(const uint8_t *jpeg, size_t size, unsigned interval, uint64_t max_pixels, uint8_t **out, size_t *out_size,
+                  char *reason) {
     struct transcoder transcoder;
     memset(&transcoder, 0, sizeof transcoder);
-    transcoder.from.err = transcoder.to.err = jpeg_std_error(&transcoder.errors);
-    transcoder.from.client_data = transcoder.to.client_data = &transcoder;
+    transcoder.from.err = transcoder.again.err = transcoder.to.err = jpeg_std_error(&transcoder.errors);
+    transcoder.from.client_data = transcoder.again.client_data = transcoder.to.client_data = &transcoder;
     transcoder.errors.error_exit = on_error;
     transcoder.errors.emit_message = on_message;
+    transcoder.progress.progress_monitor = on_progress;
+    transcoder.destination.init_destination = begin;
+    transcoder.destination.empty_output_buffer = grow;
+    transcoder.destination.term_destination = end;
     transcoder.reason = reason;
+    transcoder.size = size + 4096;
     int succeeded = !setjmp(transcoder.failed);
-    if (succeeded) transcode(&transcoder, jpeg, size, interval);
+    if (succeeded) transcode(&transcoder, jpeg, size, interval, max_pixels);
     jpeg_destroy_compress(&transcoder.to);
+    jpeg_destroy_decompress(&transcoder.again);
     jpeg_destroy_decompress(&transcoder.from);
     if (succeeded) {
         *out = transcoder.bytes;
