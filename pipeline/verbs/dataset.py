@@ -122,7 +122,8 @@ def _dataset_facts(manifest: DatasetManifest, folder: Path) -> dict[str, str]:
         facts["ignored"] = f"{manifest.info['num_ignored']:,} files: no images of a known kind, or in no class folder"
     if manifest.info.get("num_kept"):
         named, more = "; ".join(manifest.info["kept"]), manifest.info["num_kept"] - len(manifest.info["kept"])
-        facts["kept"] = f"{manifest.info['num_kept']:,} JPEGs as they are: {named}" + (f"; and {more:,} more" if more else "")
+        named += f"; and {more:,} more" if more else ""
+        facts["kept as is"] = f"{manifest.info['num_kept']:,} that cannot be rewritten: {named}"
     if manifest.info.get("num_rejected"):
         reasons = "; ".join(f"{number:,} {reason}" for reason, number in manifest.info["rejected"].items())
         facts["rejected"] = f"{reasons} (see rejected.jsonl)"

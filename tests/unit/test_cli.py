@@ -132,6 +132,7 @@ def test_the_command_line_imports_no_torch_before_a_verb_needs_it() -> None:
     ("argv", "long", "for_others"),
     [
         (["--max-side", "512", "--keep-format"], ["--dataset.max_side", "512", "--dataset.keep_format=true"], None),
+        (["--restart=4"], ["--dataset.restart=4"], None),
         (["--keep-format=false", "--max-rejected=0.1"], ["--dataset.keep_format=false", "--dataset.max_rejected=0.1"], None),
         (["--fresh", "--workers", "3", "--seed", "1", "--trust"], None, ["--seed", "1"]),
         (["--workers=3", "--part", "1/2", "--seed=1", "--part=1/2", "--merge"], None, ["--seed=1"]),
@@ -159,6 +160,7 @@ def test_other_verbs_are_given_what_they_understand(
         (["--part=1/2", '--dataset.merge=[{"path": "a"}]'], "`--part` writes shards; `dataset.merge` only refers to"),
         (["--max-sied=3"], "unknown option `--max-sied`. Did you mean `--max-side`?"),
         (["--max-side=0"], "`dataset.max_side` is 0; it must be 1 or more."),
+        (["--restart=0"], "`dataset.restart` is 0; it must be 1 or more and at most 65535."),
     ],
 )
 def test_a_mistake_in_the_options_of_shard_is_one_line(

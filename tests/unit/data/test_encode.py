@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.config import DatasetConfig
 from pipeline.data import encode as encode_module
 from pipeline.data.encode import Encoded, Encoder, PixelSums, jpeg_size, png_size, stats_of
+from pipeline.data.native import is_built, with_restarts
 from pipeline.errors import DataError
 from pipeline.preprocess import open_image
 from tests.unit.data.images import as_jpeg, as_png, encode, gradient, noise
@@ -249,6 +250,41 @@ def test_the_size_is_read_from_the_header(options: dict[str, Any]) -> None:
 def test_a_header_without_a_size_has_none(content: bytes) -> None:
     assert jpeg_size(content) is None
     assert png_size(content) is None
+
+
+# ---- restart markers ----
+
+needs_native = pytest.mark.skipif(not is_built(), reason="the native decoder is not built here")
+
+
+@needs_native
+@pytest.mark.parametrize("trust", [False, True])
+def test_on_request_a_jpeg_has_restart_markers(trust: bool) -> None:
+    content = as_jpeg(noise(40, 40))
+    encoded = store(content, restart=4, trust=trust)
+    assert (encoded.content, encoded.extension, encoded.kept) == (with_restarts(content, 4), "jpg", "")
+
+
+@needs_native
+def test_on_request_what_becomes_a_jpeg_has_restart_markers() -> None:
+    content = as_png(gradient(40, 20))
+    encoded, plain = store(content, restart=4, max_side=16), store(content, max_side=16)
+    assert encoded.content == with_restarts(plain.content, 4)
+    assert np.array_equal(np.asarray(stored_image(encoded)), np.asarray(stored_image(plain)))
+
+
+@needs_native
+def test_what_is_no_jpeg_has_no_restart_markers() -> None:
+    content = as_png(noise(20, 20))
+    assert store(content, restart=4, keep_format=True).content == content
+
+
+@needs_native
+def test_a_jpeg_that_cannot_be_rewritten_is_kept_with_the_reason() -> None:
+    content = as_jpeg(noise(40, 40))[:-2] + bytes(99) + b"\xff\xd9"  # every reader shrugs at this
+    encoded = store(content, restart=4)
+    assert encoded.content == content
+    assert "extraneous bytes" in encoded.kept
 
 
 # ---- statistics ----

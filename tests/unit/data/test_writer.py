@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import tarfile
 import time
@@ -17,19 +18,21 @@ from PIL import Image
 
 from pipeline.config import DatasetConfig
 from pipeline.data import listing as listing_module
-from pipeline.data import writer
+from pipeline.data import native, writer
 from pipeline.data.pack import Packer, ShardJob
 from pipeline.data.partial import Partial
 from pipeline.data.sources import open_source
 from pipeline.data.verify import verify_dataset
 from pipeline.data.writer import PartOutcome, merge_parts, prepare_dataset, write_dataset, write_part
-from pipeline.errors import DataError, RunError, ShardlineError
+from pipeline.errors import ConfigError, DataError, RunError, ShardlineError
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset, open_index, open_labels
 from tests.processes import wait_until
 from tests.unit.conftest import TINY_SPLIT, ImageFolder
 from tests.unit.data.given import Given, GivenImages, classes
 from tests.unit.data.images import as_jpeg, noise
+
+needs_native = pytest.mark.skipif(not native.is_built(), reason="the native decoder is not built here")
 
 
 def settings(source: Path, **changes: Any) -> DatasetConfig:
@@ -180,6 +183,31 @@ def test_several_labels_an_image_lie_in_rows_of_their_own(tmp_path: Path) -> Non
         of_first = {-1: [0, 0, 0], 0: [1, 0, 1], 1: [0, 1, 0], 2: [1, 1, 1]}
         assert labels.tolist() == [of_first[label] for label in rows["label"].tolist()]
     assert [defect for _, defects in verify_dataset(load_dataset(manifest.folder)) for defect in defects] == []
+
+
+@needs_native
+def test_jpegs_with_restart_markers_are_written_and_those_without_counted(tmp_path: Path) -> None:
+    good = Given("a/good.jpg", content=as_jpeg(noise(40, 40)))
+    odd = Given("a/odd.jpg", content=as_jpeg(noise(40, 40, 1))[:-2] + bytes(99) + b"\xff\xd9")
+    manifest = write_given([good, odd, *classes(0, 5)], tmp_path / "marked", restart=4, val_fraction=0, test_fraction=0)
+    assert manifest.preparation["restart"] == 4
+    assert manifest.info["num_kept"] == 1
+    (kept,) = manifest.info["kept"]
+    assert re.fullmatch(r"a/odd\.jpg \(Corrupt JPEG data: \d+ extraneous bytes before marker 0xd9\)", kept)
+    found = {key.partition("-")[2]: content for key, content in images_by_key(manifest, "train").items()}
+    assert found["good"] == native.with_restarts(as_jpeg(noise(40, 40)), 4)
+    assert found["odd"] == odd.content
+
+
+def test_restart_markers_are_refused_before_anything_is_written_where_nothing_can_set_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_jpeg", None)
+    with pytest.raises(ConfigError, match="needs the native decoder"):
+        prepare_dataset(settings(folder, restart=4), tmp_path / "dataset")
+    with pytest.raises(ConfigError, match="needs the native decoder"):
+        write_part(settings(folder, restart=4), tmp_path / "dataset", 1, 2)
+    assert not (tmp_path / "dataset").exists()
 
 
 def training_images(manifest: DatasetManifest) -> list[bytes]:
@@ -537,11 +565,12 @@ def new_image(folder: Path) -> dict[str, Any]:
         lambda _: {"jpeg_quality": 50},
         lambda _: {"keep_format": True},
         lambda _: {"max_side": 8},
+        pytest.param(lambda _: {"restart": 4}, marks=needs_native, id="restart"),
         lambda _: {"background": [0, 0, 0]},
         lambda _: {"class_level": 1},
         new_image,
     ],
-    ids=["seed", "val", "test", "shards", "quality", "format", "side", "background", "level", "new-image"],
+    ids=["seed", "val", "test", "shards", "quality", "format", "side", None, "background", "level", "new-image"],
 )
 def test_a_changed_data_set_is_written_anew_and_the_old_one_kept(
     change: Callable[[Path], dict[str, Any]], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -608,7 +637,7 @@ def test_a_folder_with_somebody_elses_files_is_refused_and_left_alone(folder: Pa
     target = tmp_path / "home"
     target.mkdir()
     (target / "thesis.tex").write_text("years of work")
-    refusal = r"home: is not a data set but holds thesis\.tex\. Choose another --dataset\.path"
+    refusal = r"home: is not a data set but holds thesis\.tex\. Choose another folder"
     for fresh in (False, True):
         with pytest.raises(DataError, match=refusal):
             prepare_dataset(settings(folder), target, fresh=fresh)
