@@ -200,7 +200,7 @@ class Repacker:
         labels = [[int(label)] if label >= 0 else [] for label in rows["label"]]
         if self.source.task == "multi":
             hot = open_labels(self.source, job.shard.split)[part]
-            labels = [one + [int(k) for k in np.flatnonzero(row) if k not in one] for one, row in zip(labels, hot, strict=True)]
+            labels = [one + np.flatnonzero(row).tolist() for one, row in zip(labels, hot, strict=True)]
         return list(zip(rows["offset"].tolist(), rows["size"].tolist(), labels, strict=True))
 
     def _rewrite(self, content: bytes, need_pixels: bool) -> Encoded:
