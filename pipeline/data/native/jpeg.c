@@ -11,8 +11,6 @@
 
 #include "resize.h"
 
-/* A progressive file of a few kilobytes can make a decoder pass over all of its pixels thousands of times. */
-#define MAX_SCANS 500
 /* Chroma of a neighbour shines into the last pixel on each side, where it is stored at half the width or height. */
 #define MARGIN 2
 
@@ -192,6 +190,13 @@ static void to_rgb(const uint8_t *inverted, size_t length, uint8_t *rgb) {
             int dark = (int)((product + (product >> 8)) >> 8), light = inverted[3] - dark;
             rgb[channel] = (uint8_t)(light < 0 ? 0 : light);
         }
+}
+
+int has_all_scans(const struct jpeg_decompress_struct *info) {
+    for (int component = 0; info->coef_bits && component < info->num_components; component++)
+        for (int i = 0; i < 10; i++)
+            if (info->coef_bits[component][i]) return 0;
+    return 1;
 }
 
 static void decode_window(struct decoder *decoder, const struct header *header, const struct box *box, int height, int width,

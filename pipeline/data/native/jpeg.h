@@ -7,6 +7,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* A progressive file of a few kilobytes can make a decoder pass over all of its pixels thousands of times. */
+#define MAX_SCANS 500
+
 /* Anything but DECODED leaves the image to a general decoder, which finds the reason in words or decodes it after all. The
    names are those of `pipeline.data.native.STATUSES`. */
 enum status { DECODED, NOT_SUPPORTED, TOO_LARGE, BROKEN, CUT_SHORT, NO_MEMORY };
@@ -53,5 +56,9 @@ enum status decode_crop(const uint8_t *jpeg, size_t size, const struct header *h
 /* At least `size` bytes, or NULL; what was in there is lost. */
 uint8_t *room(struct buffer *buffer, size_t size);
 void free_scratch(struct scratch *scratch);
+
+/* Of a progressive JPEG that was read: whether its low frequencies are all there. Where not, libjpeg smooths what it shows. */
+struct jpeg_decompress_struct;
+int has_all_scans(const struct jpeg_decompress_struct *info);
 
 #endif

@@ -8,8 +8,7 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
-/* A progressive file of a few kilobytes can make a decoder pass over all of its pixels thousands of times. */
-#define MAX_SCANS 500
+#include "jpeg.h"
 
 struct transcoder {
     struct jpeg_decompress_struct from, again; /* the given file, and what was made of it */
@@ -23,7 +22,7 @@ struct transcoder {
     size_t size;
 };
 
-static void fail(struct transcoder *transcoder, const char *reason) {
+static void give_up(struct transcoder *transcoder, const char *reason) {
     snprintf(transcoder->reason, MAX_REASON, "%s", reason);
     longjmp(transcoder->failed, 1);
 }
@@ -39,7 +38,7 @@ static void on_message(j_common_ptr info, int level) {
 }
 
 static void on_progress(j_common_ptr info) {
-    if (((j_decompress_ptr)info)->input_scan_number > MAX_SCANS) fail(info->client_data, "More scans than an image has");
+    if (((j_decompress_ptr)info)->input_scan_number > MAX_SCANS) give_up(info->client_data, "More scans than an image has");
 }
 
 /* ---- the result in memory; libjpeg's own destination loses what it holds when it fails ---- */
@@ -47,7 +46,7 @@ static void on_progress(j_common_ptr info) {
 static void begin(j_compress_ptr to) {
     struct transcoder *transcoder = to->client_data;
     transcoder->bytes = malloc(transcoder->size);
-    if (!transcoder->bytes) fail(transcoder, "No memory");
+    if (!transcoder->bytes) give_up(transcoder, "No memory");
     to->dest->next_output_byte = transcoder->bytes;
     to->dest->free_in_buffer = transcoder->size;
 }
@@ -55,7 +54,7 @@ static void begin(j_compress_ptr to) {
 static boolean grow(j_compress_ptr to) {
     struct transcoder *transcoder = to->client_data;
     uint8_t *larger = realloc(transcoder->bytes, 2 * transcoder->size);
-    if (!larger) fail(transcoder, "No memory");
+    if (!larger) give_up(transcoder, "No memory");
     transcoder->bytes = larger;
     to->dest->next_output_byte = larger + transcoder->size;
     to->dest->free_in_buffer = transcoder->size;
@@ -122,7 +121,7 @@ static void require_same(struct transcoder *transcoder, jvirt_barray_ptr *given)
                   from->num_components == again->num_components && from->jpeg_color_space == again->jpeg_color_space;
     for (int number = 0; is_same && number < from->num_components; number++)
         is_same = is_same_component(transcoder, number, given[number], written[number]);
-    if (!is_same) fail(transcoder, "What was written is not what was read");
+    if (!is_same) give_up(transcoder, "What was written is not what was read");
 }
 
 static void transcode(struct transcoder *transcoder, const uint8_t *jpeg, size_t size, unsigned interval, uint64_t max_pixels) {
@@ -136,8 +135,9 @@ static void transcode(struct transcoder *transcoder, const uint8_t *jpeg, size_t
     jpeg_save_markers(from, JPEG_COM, 0xFFFF);
     for (int number = 0; number < 16; number++) jpeg_save_markers(from, JPEG_APP0 + number, 0xFFFF);
     jpeg_read_header(from, TRUE);
-    if ((uint64_t)from->image_width * from->image_height > max_pixels) fail(transcoder, "More pixels than an image may have");
+    if ((uint64_t)from->image_width * from->image_height > max_pixels) give_up(transcoder, "More pixels than an image may have");
     jvirt_barray_ptr *coefficients = jpeg_read_coefficients(from);
+    if (!has_all_scans(from)) give_up(transcoder, "Some of its progressive scans are missing");
     jpeg_copy_critical_parameters(from, to);
     to->restart_interval = dividing(from, interval);
     to->restart_in_rows = 0;
@@ -147,6 +147,12 @@ static void transcode(struct transcoder *transcoder, const uint8_t *jpeg, size_t
     copy_segments(from, to);
     jpeg_finish_compress(to);
     require_same(transcoder, coefficients);
+}
+
+static int attempt(struct transcoder *transcoder, const uint8_t *jpeg, size_t size, unsigned interval, uint64_t max_pixels) {
+    if (setjmp(transcoder->failed)) return 0;
+    transcode(transcoder, jpeg, size, interval, max_pixels);
+    return 1;
 }
 
 void add_restarts(const uint8_t *jpeg, size_t size, unsigned interval, uint64_t max_pixels, uint8_t **out, size_t *out_size,
@@ -163,8 +169,7 @@ void add_restarts(const uint8_t *jpeg, size_t size, unsigned interval, uint64_t 
     transcoder.destination.term_destination = end;
     transcoder.reason = reason;
     transcoder.size = size + 4096;
-    int succeeded = !setjmp(transcoder.failed);
-    if (succeeded) transcode(&transcoder, jpeg, size, interval, max_pixels);
+    int succeeded = attempt(&transcoder, jpeg, size, interval, max_pixels);
     jpeg_destroy_compress(&transcoder.to);
     jpeg_destroy_decompress(&transcoder.again);
     jpeg_destroy_decompress(&transcoder.from);

@@ -123,6 +123,8 @@ def test_a_crop_has_the_same_pixels_with_markers(key: int, subsampling: int) -> 
 
 BROKEN = as_jpeg(noise(64, 64))
 PROGRESSIVE = grey().replace(b"\xff\xc0", b"\xff\xc2").replace(b"\x00\x3f\x00", b"\x00\x00\x00")
+WHOLE = as_jpeg(noise(64, 64), progressive=True)
+UNFINISHED = WHOLE[: WHOLE.rindex(b"\xff\xda")] + END  # shown smoothed, as if it were on its way
 SCAN = PROGRESSIVE[PROGRESSIVE.index(b"\xff\xda") : -2]
 
 
@@ -136,11 +138,13 @@ SCAN = PROGRESSIVE[PROGRESSIVE.index(b"\xff\xda") : -2]
         (grey().replace(b"\xff\xc0\x00\x0b\x08", b"\xff\xc0\x00\x0b\x0c"), "precision 12"),
         (grey().replace(b"\xff\xc0", b"\xff\xc3"), "Unsupported"),
         (PROGRESSIVE.replace(SCAN, 501 * SCAN), "More scans than an image has"),
+        (PROGRESSIVE, "Some of its progressive scans are missing"),
+        (UNFINISHED, "Some of its progressive scans are missing"),
         (grey().replace(b"\x08\x00\x08\x00\x08\x01", b"\x08\xff\x00\xff\x00\x01"), "More pixels than an image may have"),
         # It is found when half of the result is written.
         (grey(15, ahead=5 * segment(0xE5, b"x" * 60000)), "DCT coefficient out of range"),
     ],
-    ids=["empty", "png", "cut", "extraneous", "12-bit", "lossless", "scans", "pixels", "coefficient"],
+    ids=["empty", "png", "cut", "extraneous", "12-bit", "lossless", "scans", "one-scan", "unfinished", "pixels", "coefficient"],
 )
 def test_what_cannot_be_rewritten_is_refused_with_a_reason(jpeg: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
