@@ -31,8 +31,11 @@ from pipeline.data.shards import read_key, read_samples
 from pipeline.data.tar_writer import BLOCK_BYTES, TarWriter
 from pipeline.data.writer import agree, explained, remove_what_is_left, require_own
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import sha256_of
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, ShardEntry, load_dataset, open_index, open_labels, read_manifest
 from pipeline.preprocess import WHITE, open_image
+
+REMEDY = "Copy it again or rebuild with `shardline shard --fresh`."
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def repack_dataset(
         agree(partial, plan)
         partial.remove_temporary()
         if not (partial.ready_dir / MANIFEST_NAME).exists():
+            _require_same_index(source)
             jobs = _jobs(source)
             background = list(source.preparation.get("background", WHITE))
             encoder = Encoder(dataclasses.replace(config, background=background))
@@ -87,6 +91,14 @@ def _require_repackable(source: DatasetManifest, folder: Path, config: DatasetCo
         raise DataError(f"{source.folder}: refers to shards of other data sets. Repack those, and merge the results.")
     if not source.url and folder.resolve() == source.folder.resolve():
         raise ConfigError(f"{folder}: a data set cannot be repacked into its own folder; give another one.")
+
+
+def _require_same_index(source: DatasetManifest) -> None:
+    """Refuse an index or label rows that changed: what they say would be said anew, with another sha256."""
+    for split in source.splits.values():
+        for entry in (split.index, split.labels):
+            if entry is not None and sha256_of(source.folder / entry.name) != entry.sha256:
+                raise DataError(f"{source.folder / entry.name}: its sha256 is not the manifest's. {REMEDY}")
 
 
 def _jobs(source: DatasetManifest) -> list[RepackJob]:
@@ -158,7 +170,7 @@ class Repacker:
             try:
                 sidecar = self._copy(job, _HashedFile(file), tar)
             except (ValueError, tarfile.TarError) as error:
-                raise DataError(f"{path}: {error}. Copy it again or rebuild with `shardline shard --fresh`.") from error
+                raise DataError(f"{path}: {error}. {REMEDY}") from error
             sidecar |= {"sha256": tar.finish(), "num_bytes": tar.num_bytes}
             self._require_same_places(job, tar.path, sidecar["rows"])
         self.partial.write_json(self.partial.sidecar_path(job.shard.name), sidecar)
@@ -205,14 +217,15 @@ class Repacker:
 
     def _rewrite(self, content: bytes, need_pixels: bool) -> Encoded:
         """What becomes of an image; what cannot be decoded is kept, as is all that is no JPEG."""
-        if content.startswith(JPEG_START) and self.encoder.max_side is None:
+        is_jpeg = content.startswith(JPEG_START)
+        if is_jpeg and self.encoder.max_side is None:
             return self.encoder.with_markers(Encoded(content, "", None))
         try:
-            if content.startswith(JPEG_START):
+            if is_jpeg:
                 return self.encoder.encode(content, need_pixels=need_pixels)
             return Encoded(content, "", open_image(content, self.encoder.background) if need_pixels else None)
         except DataError as error:
-            return Encoded(content, "", None, str(error))
+            return Encoded(content, "", None, str(error) if is_jpeg else "")
 
     def _require_same_places(self, job: RepackJob, path: Path, rows: list[list[int]]) -> None:
         """Refuse to hand over a tar in which others would not find the images where the index says."""

@@ -198,6 +198,7 @@ def test_on_request_jpegs_become_smaller_and_the_statistics_are_theirs(
     assert manifest.image_stats == stats_of(*sums.totals(), "train")
     changes = {"max_side": 32, "jpeg_quality": 90} | ({"restart": 4} if restart else {})
     assert manifest.preparation["repack"] == {"of": photos.digest, **changes}
+    assert manifest.info.get("num_kept", 0) == (1 if restart else 0)
     assert members_of(manifest)["train"][-6:-4] == members_of(photos)["train"][-6:-4]  # the PNG
 
 
@@ -287,6 +288,15 @@ def test_a_shard_that_is_not_the_manifests_is_named_and_nothing_published(
         repack(photos, tmp_path / "marked", restart=4)
     assert [path.name for path in (tmp_path / "marked").iterdir()] == [".partial"]
     assert not list((tmp_path / "marked").rglob("*.tmp"))
+
+
+def test_labels_that_changed_since_they_were_written_are_not_handed_on(photos: DatasetManifest, tmp_path: Path) -> None:
+    path = photos.folder / "train.index.npy"
+    rows = np.load(path)
+    rows["label"] = 1 - rows["label"]
+    np.save(path, rows)
+    with pytest.raises(DataError, match=r"train\.index\.npy: its sha256 is not the manifest's"):
+        repack(photos, tmp_path / "small", max_side=32)
 
 
 @needs_native
