@@ -137,7 +137,7 @@ static void transcode(struct transcoder *transcoder, const uint8_t *jpeg, size_t
     jpeg_read_header(from, TRUE);
     if ((uint64_t)from->image_width * from->image_height > max_pixels) give_up(transcoder, "More pixels than an image may have");
     jvirt_barray_ptr *coefficients = jpeg_read_coefficients(from);
-    if (!has_all_scans(from)) give_up(transcoder, "Some of its progressive scans are missing");
+    if (!has_all_scans(from)) give_up(transcoder, "some of its progressive scans are missing");
     jpeg_copy_critical_parameters(from, to);
     to->restart_interval = dividing(from, interval);
     to->restart_in_rows = 0;

@@ -138,8 +138,8 @@ SCAN = PROGRESSIVE[PROGRESSIVE.index(b"\xff\xda") : -2]
         (grey().replace(b"\xff\xc0\x00\x0b\x08", b"\xff\xc0\x00\x0b\x0c"), "precision 12"),
         (grey().replace(b"\xff\xc0", b"\xff\xc3"), "Unsupported"),
         (PROGRESSIVE.replace(SCAN, 501 * SCAN), "More scans than an image has"),
-        (PROGRESSIVE, "Some of its progressive scans are missing"),
-        (UNFINISHED, "Some of its progressive scans are missing"),
+        (PROGRESSIVE, "some of its progressive scans are missing"),
+        (UNFINISHED, "some of its progressive scans are missing"),
         (grey().replace(b"\x08\x00\x08\x00\x08\x01", b"\x08\xff\x00\xff\x00\x01"), "More pixels than an image may have"),
         # It is found when half of the result is written.
         (grey(15, ahead=5 * segment(0xE5, b"x" * 60000)), "DCT coefficient out of range"),
