@@ -286,7 +286,10 @@ CANNOT_CHANGE_THE_WEIGHTS = {
     "name",
     "runs_dir",
     *(key for key, _, _ in settings_of(Config) if key.startswith("dataset.")),
-    *(f"data.{name}" for name in ("num_workers", "start_method", "pin_memory", "persistent_workers", "prefetch_factor")),
+    *(
+        f"data.{name}"
+        for name in ("decoder", "num_workers", "start_method", "pin_memory", "persistent_workers", "prefetch_factor")
+    ),
     *(f"data.{name}" for name in ("timeout_seconds", "max_bad_share", "max_bad_in_row", "cache_dir", "cache_gigabytes")),
     "trainer.checkpoint_every_minutes",
     "trainer.checkpoint_every_steps",
