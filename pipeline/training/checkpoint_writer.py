@@ -20,6 +20,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
 from pipeline.config import Config
+from pipeline.data import native
 from pipeline.files import publish, temporary_name, write_bytes
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
 from pipeline.metrics import direction
@@ -216,6 +217,7 @@ class CheckpointWriter(L.Callback):
             "cursor": {"epoch": place["epoch"], "batch": place["batch"] // self.config.data.accumulate},
             "global_step": trainer.global_step,
             "world_size": trainer.world_size,
+            "decoder": native.decoder_of(self.config.data),
             "ranking": self.ranking,
             **self.identity,
         }

@@ -6,12 +6,18 @@ import lightning as L
 
 from pipeline.config import Config
 from pipeline.console import say
+from pipeline.data import native
 from pipeline.models.named import with_defaults
 
 
 def say_what_differs(config: Config, before: dict[str, Any] | None, world_size: int) -> None:
-    """Print what is and what is not as it would have been on the checkpoint's own number of processes."""
-    if before is None or before["world_size"] == world_size:
+    """Print what is and what is not as it would have been with the checkpoint's own decoder and number of processes."""
+    if before is None:
+        return
+    decoders = {"now": native.decoder_of(config.data), "before": before.get("decoder")}
+    if None not in decoders.values() and decoders["now"] != decoders["before"]:
+        say(f"crops are decoded by {decoders['now']}, before by {decoders['before']}: pixels differ, so not bit-equal")
+    if before["world_size"] == world_size:
         return
     causes = ["the order of sums"]
     model = with_defaults(config.model)

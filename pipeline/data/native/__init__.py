@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config import DataConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.preprocess import MAX_PIXELS
 
@@ -50,6 +51,13 @@ def chosen(decoder: str | None) -> bool:
     if decoder == "native" and not is_built():
         raise ConfigError(f"`data.decoder` is native, which is not built here. {HOW_TO_BUILD}.")
     return is_built() if decoder is None else decoder == "native"
+
+
+def decoder_of(config: DataConfig) -> str | None:
+    """The decoder of a training's crops, `native` or `torchvision`; None where it takes no crops."""
+    if config.augment.crop_scale == 1:
+        return None
+    return "native" if chosen(config.decoder) else "torchvision"
 
 
 class CropReader:

@@ -8,13 +8,14 @@ import lightning as L
 import pytest
 import torch
 
-from pipeline.config import Config, SchedulerConfig
+from pipeline.config import AugmentConfig, Config, DataConfig, SchedulerConfig
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
 from pipeline.run import RunRecord
 from pipeline.training.checkpoint import checkpoint_path, checkpoints_in, identity_of, newest_checkpoint, step_of
 from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.fit import build_callbacks
+from pipeline.training.resume import say_what_differs
 from tests.unit.training.conftest import Fit, change
 
 STEPS_PER_EPOCH = 9  # 36 samples in batches of 4
@@ -133,3 +134,14 @@ def test_a_warm_up_goes_on_in_epochs_when_the_batches_become_larger(config: Conf
     (schedule,) = torch.load(checkpoint_path(config.run_dir, end), weights_only=True)["lr_schedulers"]
     assert (schedule["total_steps"], schedule["warmup_steps"], schedule["last_epoch"]) == (9, 2, 9)
     assert schedule["_last_lr"] == [0.0, 0.0]
+
+
+def test_going_on_with_another_decoder_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    crops = AugmentConfig(crop_scale=0.5)
+    config = Config(name="run", data=DataConfig(decoder="torchvision", augment=crops))
+    say_what_differs(config, {"world_size": 2, "decoder": "torchvision"}, 2)
+    assert capsys.readouterr().out == ""
+    say_what_differs(config, {"world_size": 2, "decoder": "native"}, 2)
+    assert "crops are decoded by torchvision, before by native: pixels differ, so not bit-equal" in capsys.readouterr().out
+    say_what_differs(dataclasses.replace(config, data=DataConfig()), {"world_size": 2, "decoder": None}, 2)
+    assert capsys.readouterr().out == ""
