@@ -1,6 +1,6 @@
 """The LightningModule: one loss, exact metrics, and randomness that depends on (seed, step, rank) alone."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -9,11 +9,20 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.config import Config
 from pipeline.data.dataset import Batch
-from pipeline.data.mixing import mix_batch
+from pipeline.data.mixing import Mixed, mix_batch
 from pipeline.data.order import mix
 from pipeline.metrics import EvaluationSums, Metrics
 from pipeline.task import Task
 from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
+
+
+class StepPart(NamedTuple):
+    """A batch of a step with what the network made of it; only every n-th step is looked at again, so nothing is added up."""
+
+    batch: Batch
+    logits: torch.Tensor  # (n, num_outputs)
+    losses: torch.Tensor  # (n,)
+    mixed: Mixed | None
 
 
 class Classifier(L.LightningModule):
@@ -26,8 +35,7 @@ class Classifier(L.LightningModule):
         self.network = network
         self.config = config
         self.task = task
-        self.step_sums = torch.zeros(3)  # weighted loss, weighted correct, weight of this rank's part of the step
-        self.step_losses: list[tuple[Batch, torch.Tensor]] = []  # the step's batches and their losses (n,)
+        self.step_parts: list[StepPart] = []  # of this rank's part of the step; more than one where gradients accumulate
         self.metrics: Metrics | None = None
         self.predictions: list[torch.Tensor] = []
         self.plateau: ReduceLROnPlateau | None = None
@@ -52,16 +60,25 @@ class Classifier(L.LightningModule):
         micro_step = self._micro_step(batch_idx)
         mixed = mix_batch(images, labels, weights, self.config.data.augment, self.config.seed, micro_step)
         logits = self.network(images if mixed is None else mixed.image)  # (n, num_outputs)
-        losses, correct = self.task.sample_losses(logits, labels), self.task.correct(logits, labels)  # (n,)
+        losses = self.task.sample_losses(logits, labels)  # (n,)
         if mixed is not None:
             losses = torch.lerp(self.task.sample_losses(logits, mixed.other_label), losses, mixed.share)
-            correct = torch.lerp(self.task.correct(logits, mixed.other_label), correct, mixed.share)
-        weighted = weights * losses
         if batch_idx % self.config.data.accumulate == 0:
-            self.step_sums, self.step_losses = torch.zeros_like(self.step_sums, device=self.device), []
-        self.step_sums += torch.stack([weighted.detach().sum(), (weights * correct).sum(), weights.sum()])
-        self.step_losses.append((batch, losses.detach()))
-        return weighted.sum() / len(weights)
+            self.step_parts.clear()
+        self.step_parts.append(StepPart(batch, logits.detach(), losses.detach(), mixed))
+        # As a product of two vectors it takes 18 us more than a plain mean, step by step 42.
+        return torch.dot(losses, weights / len(weights))
+
+    def step_sums(self) -> torch.Tensor:
+        """Weighted loss, weighted correct answers, and weight of this rank's part of the last step, float32 (3,)."""
+        sums = torch.zeros(3, device=self.device)
+        for batch, logits, losses, mixed in self.step_parts:
+            correct = self.task.correct(logits, batch["label"])  # (n,)
+            if mixed is not None:
+                correct = torch.lerp(self.task.correct(logits, mixed.other_label), correct, mixed.share)
+            weights = batch["weight"]
+            sums += torch.stack([(weights * losses).sum(), (weights * correct).sum(), weights.sum()])
+        return sums
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer and scheduler, in Lightning's form."""

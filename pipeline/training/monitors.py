@@ -76,7 +76,7 @@ class StepMonitor(L.Callback):
     def _suspects(self, trainer: L.Trainer, module: Classifier) -> list[str]:
         """Keys of the step's samples whose own loss is not finite, over all ranks."""
         keys = []
-        for batch, losses in module.step_losses:
+        for batch, _, losses, _ in module.step_parts:
             rows = torch.nonzero(~torch.isfinite(losses) & (batch["weight"] > 0)).flatten().tolist()
             keys += [_key(trainer, int(batch["index"][row])) for row in rows]
         if not dist.is_initialized():
