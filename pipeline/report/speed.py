@@ -28,7 +28,7 @@ def describe_speed(figures: Mapping[str, float], num_workers: int, num_cores: in
 
 
 def advise(wait_share: float, num_workers: int, num_cores: int) -> str:
-    """What to do about much waiting: as many loader processes as keep up with the rest of a step, if there are cores for them."""
+    """What to do about much waiting: as many loader processes as keep up with the rest of a step, if cores are left."""
     bound = f"{wait_share:.0%} of a step waits for data; "
     if num_workers >= num_cores:
         return f"{bound}loader processes have all {num_cores} cores: shard smaller images (`dataset.max_side`)"

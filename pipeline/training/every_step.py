@@ -1,4 +1,4 @@
-"""One callback that calls what all others do at a step: Lightning takes 2 us to call one, and asks each of them six times a step.
+"""One callback that calls what all others do at a step: Lightning takes 2 us to call one, and asks each of them six times.
 
 Whoever reads a profile finds the callbacks of a step here, in the order in which `fit` names them.
 """

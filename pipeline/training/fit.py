@@ -62,7 +62,11 @@ def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -
         accelerator=accelerator.kind(),
         devices=local,
         num_nodes=distributed.world_size() // local,
-        strategy=DDPStrategy(checkpoint_io=DurableCheckpointIO(), find_unused_parameters=bool(config.model.unfreeze)),
+        strategy=DDPStrategy(
+            checkpoint_io=DurableCheckpointIO(),
+            find_unused_parameters=bool(config.model.unfreeze),
+            broadcast_buffers=distributed.world_size() > 1,
+        ),
         sync_batchnorm=config.trainer.sync_batchnorm,
         precision=config.trainer.precision,
         deterministic=config.trainer.deterministic,

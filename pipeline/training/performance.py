@@ -22,7 +22,7 @@ from pipeline.tracking.run import RunTracker
 from pipeline.training.classifier import Classifier, ends_step
 
 # A prime, and neither 5 nor 10: so the steps at which points are written and ranks talk are sampled as often as others.
-SAMPLE_EVERY = 7
+SAMPLE_EVERY = 23
 # Lightning's names of what it does in a step, after the last dot; the time of what is called from within counts there alone.
 STAGES = {
     "train_dataloader_next": "data",
