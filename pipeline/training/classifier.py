@@ -18,7 +18,7 @@ from pipeline.training.optim import build_optimizer, build_scheduler, may_fuse, 
 
 
 class StepPart(NamedTuple):
-    """A batch of a step with what the network made of it: what figures are made of where they are asked for, every n-th step."""
+    """A batch of a step with what the network made of it, kept for the figures of every n-th step."""
 
     batch: Batch
     logits: torch.Tensor  # (n, num_outputs)

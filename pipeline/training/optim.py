@@ -4,10 +4,9 @@ Weight decay falls on weights only: biases and normalisation parameters (one axi
 learning rates of their own (`optimizer.lr_factors`); every scheduler keeps their ratios.
 """
 
-import contextlib
 import inspect
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,14 +87,19 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, *, fuse: bool =
     _require_arguments("optimizer", kind, arguments)
     known_arguments = inspect.signature(kind).parameters
     groups = _groups(network, config, decays="weight_decay" in known_arguments)
+    if fuse and "fused" in known_arguments and not WAYS & arguments.keys() and _has_kernels(groups):
+        arguments["fused"] = True
     try:
-        if fuse and "fused" in known_arguments and not WAYS & arguments.keys():
-            with contextlib.suppress(RuntimeError):  # parameters of a type or on a device that has no such kernel
-                return cast(Optimizer, kind(groups, lr=config.lr, fused=True, **arguments))
         built: Optimizer = kind(groups, lr=config.lr, **arguments)
     except Exception as error:  # each optimizer has its own way of saying no
         raise ConfigError(f"`optimizer`: {config.name} refuses its arguments: {error}.") from error
     return built
+
+
+def _has_kernels(groups: list[dict[str, Any]]) -> bool:
+    """Whether every parameter is of a type and on a device that fused optimizers take; torch itself only says so at a step."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return all(each.is_floating_point() and each.device.type in ("cpu", "cuda") for each in parameters)
 
 
 def may_fuse(config: TrainerConfig) -> bool:
