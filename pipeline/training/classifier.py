@@ -103,7 +103,7 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer and scheduler, in Lightning's form."""
-        optimizer = build_optimizer(self.network, self.config.optimizer, fuse=may_fuse(self.config.trainer))
+        optimizer = build_optimizer(self.network, self.config.optimizer, fuse=may_fuse(self.config.trainer, self.config.model))
         length = scheduler_length(self.config.scheduler, self.total_steps, self.config.trainer.max_epochs)
         scheduler = build_scheduler(optimizer, self.config.scheduler, length, self.config.trainer.monitor)
         if isinstance(scheduler, ReduceLROnPlateau):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
-from pipeline.config import OptimizerConfig, SchedulerConfig, TrainerConfig
+from pipeline.config import ModelConfig, OptimizerConfig, SchedulerConfig, TrainerConfig
 from pipeline.errors import ConfigError, nearest
 from pipeline.metrics import direction
 
@@ -102,12 +102,14 @@ def _has_kernels(groups: list[dict[str, Any]]) -> bool:
     return all(each.is_floating_point() and each.device.type in ("cpu", "cuda") for each in parameters)
 
 
-def may_fuse(config: TrainerConfig) -> bool:
+def may_fuse(trainer: TrainerConfig, model: ModelConfig) -> bool:
     """Whether gradients are whole before the optimizer moves: a fused one would undo the scale of half precision by itself.
 
-    Lightning also clips none of a fused optimizer's with mixed precision.
+    Lightning also clips none of a fused optimizer's with mixed precision, and fused SGD fails where a parameter gets its first
+    gradient later than others (`model.unfreeze`).
     """
-    return config.precision == "32-true" or (config.precision == "bf16-mixed" and config.gradient_clip_norm is None)
+    is_whole = trainer.precision == "32-true" or (trainer.precision == "bf16-mixed" and trainer.gradient_clip_norm is None)
+    return is_whole and not model.unfreeze
 
 
 def _groups(network: nn.Module, config: OptimizerConfig, *, decays: bool) -> list[dict[str, Any]]:

@@ -118,7 +118,7 @@ def _require_steps(config: Config, network: nn.Sequential, spec: PreprocessSpec,
     assert spec.fixed_size is not None
     device = accelerator.device()
     network.to(device)
-    optimizer = build_optimizer(network, config.optimizer, fuse=may_fuse(config.trainer))
+    optimizer = build_optimizer(network, config.optimizer, fuse=may_fuse(config.trainer, config.model))
     scheduler = build_scheduler(optimizer, config.scheduler, length, config.trainer.monitor)
     images = torch.zeros(2, 3, *spec.fixed_size, dtype=torch.uint8, device=device)
     for _ in range(min(2, length)):

@@ -331,4 +331,6 @@ def test_what_has_no_fused_kernel_and_who_asks_for_another_way_have_their_own() 
     [("32-true", 1.0, True), ("bf16-mixed", None, True), ("bf16-mixed", 1.0, False), ("16-mixed", None, False)],
 )
 def test_a_fused_step_needs_gradients_that_are_whole(precision: Any, clip: float | None, fuses: bool) -> None:
-    assert may_fuse(TrainerConfig(precision=precision, gradient_clip_norm=clip)) is fuses
+    trainer = TrainerConfig(precision=precision, gradient_clip_norm=clip)
+    assert may_fuse(trainer, ModelConfig()) is fuses
+    assert not may_fuse(trainer, ModelConfig(unfreeze={"features": 1}))
