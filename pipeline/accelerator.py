@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pipeline.config import TrainerConfig
 
 Kind = Literal["cuda", "cpu"]
+# Instructions that multiply bfloat16. Without them autocast is 10 to 14 times slower than float32 (AVX2, small and large CNN).
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "avx10_2")
 
 
 def num_gpus() -> int:
@@ -48,6 +50,12 @@ def pins_memory(wanted: bool | None) -> bool:
     return bool(num_gpus()) if wanted is None else wanted
 
 
+def emulates_bfloat16() -> bool:
+    """Whether the CPU is an x86 without instructions for bfloat16. Others are not judged."""
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") == "x86_64" and not any(has.get(name) for name in BFLOAT16)
+
+
 def require_possible(config: "TrainerConfig") -> None:
     """Refuse what this machine's accelerator cannot do. Raises ConfigError."""
     if num_gpus():
@@ -56,5 +64,10 @@ def require_possible(config: "TrainerConfig") -> None:
         return
     if config.precision == "16-mixed":
         raise ConfigError("`trainer.precision` 16-mixed needs a GPU. Use 32-true.")
+    if config.precision == "bf16-mixed" and emulates_bfloat16():
+        raise ConfigError(
+            "`trainer.precision` bf16-mixed is only emulated by this CPU, which has neither avx512_bf16 nor amx_bf16: a step "
+            "would take 10 times as long. Use 32-true."
+        )
     if config.sync_batchnorm:
         raise ConfigError("`trainer.sync_batchnorm` needs GPUs. On a CPU use `model.norm: group`.")

@@ -1,13 +1,16 @@
 """What our metrics, curves and callbacks add to a training step, beside a bare Lightning Trainer and a plain loop.
 
-Measured is the CPU time of the thread that trains.
+Measured is the CPU time of the thread that trains, on one thread: where two take part, the one that waits spins. A contender's
+turn is the least of WINDOW steps in a row, one of which writes the points of the curves, and its figure the least of its turns:
+a busy machine only ever adds.
 
 All contenders train the same tiny network on the same batch, which lies ready in memory. They take turns in one process, so
 that a machine that is busy with something else for a while slows all of them alike. The bare Trainer has DDP, and no logger,
-no bar and no callback; ours writes its curves to MLflow.
+no bar and no callback; ours has all of it and writes its curves down, but the process that delivers them to MLflow is not
+started: it would slow down the turns of ours alone.
 """
 
-import statistics
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,10 +18,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional
 
 from pipeline.bench.measure import Figures
+from pipeline.bench.results import Target
 from pipeline.config import Config, DataConfig, ModelConfig, PreprocessConfig, TrainerConfig
 from pipeline.console import say
 from pipeline.data.dataset import Batch, ShardDataset
@@ -30,7 +35,8 @@ from pipeline.preprocess import PreprocessSpec
 from pipeline.pretraining import spec_for
 from pipeline.run import open_run
 from pipeline.task import task_of
-from pipeline.tracking.run import open_tracker
+from pipeline.tracking.run import RunTracker
+from pipeline.tracking.server import server_of
 from pipeline.training.checkpoint import identity_of
 from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.classifier import Classifier
@@ -38,21 +44,20 @@ from pipeline.training.fit import build_callbacks, build_trainer, training_optio
 from pipeline.training.optim import build_optimizer
 
 WARM_UP_STEPS = 50
+WINDOW = TrainerConfig().log_every_steps
+MOST_ADDED = 100.0  # us of CPU a step
 
 
 class Steps:
-    """The same batch again and again; the clock runs from step WARM_UP_STEPS to the last."""
+    """The same batch again and again; a clock is read at each."""
 
     def __init__(self, batch: Batch, num_steps: int) -> None:
         self.batch, self.num_steps = batch, num_steps
-        self.cpu_seconds = 0.0
+        self.read: list[float] = []  # seconds of CPU at the start of each step
 
     def __iter__(self) -> Iterator[Batch]:
-        begun = time.thread_time()
-        for step in range(self.num_steps):
-            if step == WARM_UP_STEPS:
-                begun = time.thread_time()
-            self.cpu_seconds = time.thread_time() - begun  # Lightning counts the batches, and never asks for one too many
+        for _ in range(self.num_steps):
+            self.read.append(time.thread_time())
             yield self.batch
 
     def __len__(self) -> int:
@@ -64,8 +69,9 @@ class Steps:
 
     @property
     def microseconds(self) -> float:
-        """CPU time of a step."""
-        return 1e6 * self.cpu_seconds / (self.num_steps - 1 - WARM_UP_STEPS)
+        """CPU time of a step: the least of all windows."""
+        read = self.read[WARM_UP_STEPS:]
+        return 1e6 * min(end - begin for begin, end in zip(read, read[WINDOW:], strict=False)) / WINDOW
 
 
 class Bare(L.LightningModule):
@@ -104,10 +110,12 @@ class Material:
 
 
 def step_costs(folder: Path, num_steps: int, rounds: int) -> dict[str, Figures]:
-    """Microseconds of CPU that a step takes, by contender: the median and the least of `rounds` turns.
+    """Microseconds of CPU that a step takes, by contender: the least and the most of `rounds` turns, the least compared.
 
-    The least are compared: a busy machine only ever adds. Data set and runs stay in `folder`.
+    Data set and runs stay in `folder`.
     """
+    os.environ["OMP_NUM_THREADS"] = "1"  # Lightning would set torch's own number anew
+    torch.set_num_threads(1)
     config = Config(
         runs_dir=str(folder / "runs"),
         preprocess=PreprocessConfig(resize=[16, 16]),
@@ -127,9 +135,14 @@ def step_costs(folder: Path, num_steps: int, rounds: int) -> dict[str, Figures]:
             found[name].append(steps.microseconds)
     bare = min(found["bare Trainer"])
     return {
-        name: {"us a step": statistics.median(turns), "least": min(turns), "above bare": min(turns) - bare}
-        for name, turns in found.items()
+        name: {"us a step": min(turns), "most": max(turns), "above bare": min(turns) - bare} for name, turns in found.items()
     }
+
+
+def judge(costs: dict[str, Figures]) -> Target:
+    """Whether ours adds no more to a bare Trainer than it may."""
+    added = costs["shardline train"]["above bare"]
+    return Target("us of CPU that a step adds to a bare Trainer", added, f"at most {MOST_ADDED:g}", added <= MOST_ADDED)
 
 
 def _train_plainly(material: Material, steps: Steps) -> None:
@@ -146,7 +159,7 @@ def _train_bare(material: Material, steps: Steps) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
-        strategy="ddp",
+        strategy=DDPStrategy(broadcast_buffers=False),  # as ours for one process
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -160,7 +173,7 @@ def _train_bare(material: Material, steps: Steps) -> None:
 def _train_as_ours(material: Material, steps: Steps) -> None:
     config = replace(material.config, name=f"run-{time.time_ns()}")
     record, _ = open_run(config, material.manifest)
-    tracker = open_tracker(config, record)
+    tracker = RunTracker(config.run_dir, server_of(config))
     writer = CheckpointWriter(config, material.manifest, identity_of(record), config.run_dir)
     callbacks = build_callbacks(config, material.manifest, material.spec, writer, tracker)
     module = Classifier(material.network(), config, task_of(material.manifest, config), total_steps=len(steps))

@@ -6,6 +6,7 @@ not its `shuffle`, so the order is a sort by Philox keys.
 """
 
 import hashlib
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class SampleRef(NamedTuple):
 
 def mix(*numbers: int) -> int:
     """Hash integers to 63 bits, the same on every machine: the one source of randomness."""
-    digest = hashlib.blake2b(np.asarray(numbers, "<i8").tobytes(), digest_size=8).digest()
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

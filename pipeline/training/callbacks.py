@@ -59,12 +59,12 @@ class TrainingCurves(L.Callback):
         assert isinstance(module, Classifier)
         if trainer.global_step % self.every_steps or not ends_step(module, batch_idx):
             return
-        num_bad = torch.tensor([float(self.ledger.total)], device=module.device)
-        sums = torch.cat([module.step_sums, num_bad])  # (4,)
-        if dist.is_initialized():
+        sums = module.step_sums()  # (3,)
+        if trainer.world_size > 1:
+            sums = torch.cat([sums, sums.new_tensor([self.ledger.total])])  # (4,)
             dist.all_reduce(sums)
         if self.tracker is not None:
-            loss, correct, weight, bad = (float(value) for value in sums)
+            loss, correct, weight, bad = (*sums.tolist(), self.ledger.total)[:4]
             learning_rate = float(trainer.optimizers[0].param_groups[0]["lr"])
             metrics = {"train/learning_rate": learning_rate}
             if weight:  # a batch of nothing but bad samples has neither

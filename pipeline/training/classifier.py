@@ -1,19 +1,28 @@
 """The LightningModule: one loss, exact metrics, and randomness that depends on (seed, step, rank) alone."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pipeline import distributed
 from pipeline.config import Config
 from pipeline.data.dataset import Batch
-from pipeline.data.mixing import mix_batch
+from pipeline.data.mixing import Mixed, mix_batch
 from pipeline.data.order import mix
 from pipeline.metrics import EvaluationSums, Metrics
 from pipeline.task import Task
-from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
+from pipeline.training.optim import build_optimizer, build_scheduler, may_fuse, scheduler_length
+
+
+class StepPart(NamedTuple):
+    """A batch of a step with what the network made of it, kept for the figures of every n-th step."""
+
+    batch: Batch
+    logits: torch.Tensor  # (n, num_outputs)
+    mixed: Mixed | None
 
 
 class Classifier(L.LightningModule):
@@ -26,8 +35,8 @@ class Classifier(L.LightningModule):
         self.network = network
         self.config = config
         self.task = task
-        self.step_sums = torch.zeros(3)  # weighted loss, weighted correct, weight of this rank's part of the step
-        self.step_losses: list[tuple[Batch, torch.Tensor]] = []  # the step's batches and their losses (n,)
+        self.rank = distributed.rank()
+        self.step_parts: list[StepPart] = []  # of this rank's part of the step; more than one where gradients accumulate
         self.metrics: Metrics | None = None
         self.predictions: list[torch.Tensor] = []
         self.plateau: ReduceLROnPlateau | None = None
@@ -40,7 +49,7 @@ class Classifier(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout must not depend on what ran before: a resumed step draws the masks of the undisturbed one."""
-        seed_torch(mix(self.config.seed, self._micro_step(batch_idx), self.global_rank), self.device)
+        seed_torch(mix(self.config.seed, self._micro_step(batch_idx), self.rank), self.device)
 
     def _micro_step(self, batch_idx: int) -> int:
         """How many batches the run has seen before this one; the step itself unless gradients are accumulated."""
@@ -48,24 +57,53 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean loss over the local batch; with DDP's mean over ranks, the mean over the global batch (see pipeline.task)."""
-        images, labels, weights = batch["image"], batch["label"], batch["weight"]  # (n, 3, H, W), (n,) or (n, K), (n,)
-        micro_step = self._micro_step(batch_idx)
-        mixed = mix_batch(images, labels, weights, self.config.data.augment, self.config.seed, micro_step)
+        images, weights = batch["image"], batch["weight"]  # (n, 3, H, W), (n,)
+        mixed = self._mix(batch, batch_idx)
         logits = self.network(images if mixed is None else mixed.image)  # (n, num_outputs)
-        losses, correct = self.task.sample_losses(logits, labels), self.task.correct(logits, labels)  # (n,)
-        if mixed is not None:
-            losses = torch.lerp(self.task.sample_losses(logits, mixed.other_label), losses, mixed.share)
-            correct = torch.lerp(self.task.correct(logits, mixed.other_label), correct, mixed.share)
-        weighted = weights * losses
         if batch_idx % self.config.data.accumulate == 0:
-            self.step_sums, self.step_losses = torch.zeros_like(self.step_sums, device=self.device), []
-        self.step_sums += torch.stack([weighted.detach().sum(), (weights * correct).sum(), weights.sum()])
-        self.step_losses.append((batch, losses.detach()))
-        return weighted.sum() / len(weights)
+            self.step_parts.clear()
+        part = StepPart(batch, logits.detach(), mixed)
+        self.step_parts.append(part)
+        # As a product of two vectors it takes 18 us more than a plain mean; their product, its sum and a quotient take 42.
+        return torch.dot(self._losses(part, logits), weights / len(weights))
+
+    def _mix(self, batch: Batch, batch_idx: int) -> Mixed | None:
+        augment = self.config.data.augment
+        if not augment.mixup and not augment.cutmix:
+            return None
+        seed, step = self.config.seed, self._micro_step(batch_idx)
+        return mix_batch(batch["image"], batch["label"], batch["weight"], augment, seed, step)
+
+    def _losses(self, part: StepPart, logits: torch.Tensor) -> torch.Tensor:
+        """Loss of each sample, (n,)."""
+        losses = self.task.sample_losses(logits, part.batch["label"])
+        if part.mixed is None:
+            return losses
+        return torch.lerp(self.task.sample_losses(logits, part.mixed.other_label), losses, part.mixed.share)
+
+    def _correct(self, part: StepPart) -> torch.Tensor:
+        """How right each answer is, (n,)."""
+        correct = self.task.correct(part.logits, part.batch["label"])
+        if part.mixed is None:
+            return correct
+        return torch.lerp(self.task.correct(part.logits, part.mixed.other_label), correct, part.mixed.share)
+
+    def step_losses(self) -> list[tuple[Batch, torch.Tensor]]:
+        """The batches of the last step on this rank, each with the losses of its samples, (n,)."""
+        return [(part.batch, self._losses(part, part.logits)) for part in self.step_parts]
+
+    def step_sums(self) -> torch.Tensor:
+        """Weighted loss, weighted correct answers, and weight of this rank's part of the last step, float32 (3,)."""
+        sums = []
+        for part in self.step_parts:
+            weights = part.batch["weight"]
+            losses, correct = self._losses(part, part.logits), self._correct(part)
+            sums.append(torch.stack([torch.dot(weights, losses), torch.dot(weights, correct), weights.sum()]))
+        return torch.stack(sums).sum(dim=0) if len(sums) > 1 else sums[0]
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer and scheduler, in Lightning's form."""
-        optimizer = build_optimizer(self.network, self.config.optimizer)
+        optimizer = build_optimizer(self.network, self.config.optimizer, fuse=may_fuse(self.config.trainer, self.config.model))
         length = scheduler_length(self.config.scheduler, self.total_steps, self.config.trainer.max_epochs)
         scheduler = build_scheduler(optimizer, self.config.scheduler, length, self.config.trainer.monitor)
         if isinstance(scheduler, ReduceLROnPlateau):

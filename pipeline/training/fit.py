@@ -11,7 +11,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
@@ -38,41 +37,16 @@ from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuck
 from pipeline.training.checkpoint import identity_of, newest_checkpoint, remove_temporary, require_intact
 from pipeline.training.checkpoint_writer import CheckpointWriter, DurableCheckpointIO
 from pipeline.training.classifier import Classifier
+from pipeline.training.every_step import EveryStep
 from pipeline.training.monitors import StepMonitor
-from pipeline.training.performance import StepTimes
+from pipeline.training.performance import NoProfiler, StepTimes
 from pipeline.training.pictures import Pictures
 from pipeline.training.preemption import StopOnSignal
 from pipeline.training.resume import MoveCursor, say_what_differs
 from pipeline.training.unfreezing import Unfreezing
 
-STEP_HOOKS = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
 # A network file system gives up the lock of a dead node only after a lease.
 WRITER_WAIT_SECONDS = 120.0
-
-
-class NoProfiler(PassThroughProfiler):
-    """Measures nothing, in a tenth of the time that Lightning's own takes to do so, at each of some 70 places of a step."""
-
-    nothing = contextlib.nullcontext()
-
-    def profile(self, action_name: str) -> contextlib.AbstractContextManager[Any]:  # type: ignore[override]
-        """Begin nothing and end nothing."""
-        return self.nothing
-
-
-def drop_empty_hooks(callbacks: list[L.Callback]) -> None:
-    """Keep Lightning from calling, at every step, what does nothing: ten callbacks have fifty such hooks, at 1 us each."""
-    for callback in callbacks:
-        for name in STEP_HOOKS:
-            if getattr(type(callback), name) is getattr(L.Callback, name):
-                setattr(callback, name, None)  # Lightning passes over what cannot be called
 
 
 def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
@@ -82,24 +56,28 @@ def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -
     warnings.filterwarnings("ignore", module="lightning")
     # Deterministic algorithms also fill each new tensor with nan, to show who reads what nobody wrote: that only takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    drop_empty_hooks(callbacks)
+    clocks = [callback.clock for callback in callbacks if isinstance(callback, StepTimes)]
     local = distributed.local_world_size()
     return L.Trainer(
         accelerator=accelerator.kind(),
         devices=local,
         num_nodes=distributed.world_size() // local,
-        strategy=DDPStrategy(checkpoint_io=DurableCheckpointIO(), find_unused_parameters=bool(config.model.unfreeze)),
+        strategy=DDPStrategy(
+            checkpoint_io=DurableCheckpointIO(),
+            find_unused_parameters=bool(config.model.unfreeze),
+            broadcast_buffers=distributed.world_size() > 1,
+        ),
         sync_batchnorm=config.trainer.sync_batchnorm,
         precision=config.trainer.precision,
         deterministic=config.trainer.deterministic,
-        callbacks=callbacks,
+        callbacks=[*callbacks, EveryStep(callbacks)],
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        profiler=NoProfiler(),
+        profiler=clocks[0] if clocks else NoProfiler(),
         default_root_dir=config.run_dir,
         **options,
     )

@@ -41,6 +41,7 @@ class StepMonitor(L.Callback):
         self.overflows_in_row = 0
         self.losses = RunningLoss()
         self.buffers: list[torch.Tensor] = []
+        self.found: torch.Tensor | None = None  # (1,), not 0 once a gradient was not finite
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Remember BatchNorm's running statistics, which the forward pass of a skipped step must not change."""
@@ -52,9 +53,10 @@ class StepMonitor(L.Callback):
         assert isinstance(module, Classifier)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
-        if math.isfinite(norm):
-            self.gradient_norm, self.skipped_in_row, self.overflows_in_row = norm, 0, 0
+        if self._are_finite(gradients):
+            self.skipped_in_row = self.overflows_in_row = 0
+            if (trainer.global_step + 1) % self.config.trainer.log_every_steps == 0:
+                self.gradient_norm = float(nn.utils.get_total_norm(gradients))
             return
         suspects = self._suspects(trainer, module)
         if self.config.trainer.precision == "16-mixed" and not suspects:
@@ -73,10 +75,23 @@ class StepMonitor(L.Callback):
         if trainer.is_global_zero:
             say(f"step {trainer.global_step + 1}: not finite, skipped{_of(suspects)} ({self._replay(trainer)})")
 
+    def _are_finite(self, gradients: list[torch.Tensor]) -> bool:
+        """Ask the kernel of torch's GradScaler, one over all gradients: it takes a sixth of the time of their norm."""
+        if not gradients:
+            return True
+        if self.found is None:
+            self.found = torch.zeros(1, device=gradients[0].device)
+            self.scale = torch.ones_like(self.found)  # gradients are multiplied by it
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found, self.scale)
+        if not self.found.item():
+            return True
+        self.found = None
+        return False
+
     def _suspects(self, trainer: L.Trainer, module: Classifier) -> list[str]:
         """Keys of the step's samples whose own loss is not finite, over all ranks."""
         keys = []
-        for batch, losses in module.step_losses:
+        for batch, losses in module.step_losses():
             rows = torch.nonzero(~torch.isfinite(losses) & (batch["weight"] > 0)).flatten().tolist()
             keys += [_key(trainer, int(batch["index"][row])) for row in rows]
         if not dist.is_initialized():

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
+from pipeline import distributed
 from pipeline.distributed import STOP_SIGNALS
 from pipeline.errors import StoppedError
 from pipeline.training.checkpoint_writer import CheckpointWriter
@@ -62,9 +63,11 @@ class StopOnSignal(L.Callback):
 
     def _agree(self, is_due: bool) -> bool:
         """Let every rank know of a signal that one of them received, and say whether a save is due on one."""
+        if distributed.world_size() == 1:
+            self.agreed = self.received
+            return is_due
         flags = torch.tensor([self.received, int(is_due)])  # on the CPU: no GPU has to finish its work for it
-        if dist.is_initialized():
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         self.agreed = int(flags[0])  # a signal that comes during the wait is for the next agreement
         return bool(flags[1])
 

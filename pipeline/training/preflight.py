@@ -19,7 +19,7 @@ from pipeline.models.sequential import network_for, require_forward
 from pipeline.preprocess import PreprocessSpec
 from pipeline.pretraining import spec_for
 from pipeline.task import Task, task_of
-from pipeline.training.optim import build_optimizer, build_scheduler, scheduler_length
+from pipeline.training.optim import build_optimizer, build_scheduler, may_fuse, scheduler_length
 
 
 def require_trainable(config: Config, manifest: DatasetManifest, world_size: int) -> None:
@@ -118,7 +118,7 @@ def _require_steps(config: Config, network: nn.Sequential, spec: PreprocessSpec,
     assert spec.fixed_size is not None
     device = accelerator.device()
     network.to(device)
-    optimizer = build_optimizer(network, config.optimizer)
+    optimizer = build_optimizer(network, config.optimizer, fuse=may_fuse(config.trainer, config.model))
     scheduler = build_scheduler(optimizer, config.scheduler, length, config.trainer.monitor)
     images = torch.zeros(2, 3, *spec.fixed_size, dtype=torch.uint8, device=device)
     for _ in range(min(2, length)):

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from pipeline import distributed, launch
-from pipeline.bench.results import Benchmark, require_parts
+from pipeline.bench.results import Benchmark, Target, require_parts
 from pipeline.config import Config, parse_arguments, parse_config
 from pipeline.console import closing_box, show_table
 from pipeline.errors import ConfigError, RunError
@@ -67,9 +67,11 @@ def bench(argv: list[str]) -> int:
         _show_figures("network", checkpoint_costs(out, options.rounds))
         _show_figures("training", start_seconds(out, options.rounds))
     elif options.what == "step":
-        from pipeline.bench.step import step_costs
+        from pipeline.bench.step import judge, step_costs
 
-        _show_figures("trainer", step_costs(out, options.steps, options.rounds))
+        costs = step_costs(out, options.steps, options.rounds)
+        _show_figures("trainer", costs)
+        _show_targets([judge(costs)])
     elif options.what == "serve":
         from pipeline.bench import serve
 
@@ -85,9 +87,7 @@ def bench(argv: list[str]) -> int:
 def _show_benchmark(benchmark: Benchmark, out: Path) -> None:
     for part, contenders in benchmark.figures.items():
         _show_figures(part, contenders)
-    targets = [[t.what, f"{t.value:.3g}", t.goal, "met" if t.met else "missed"] for t in benchmark.targets]
-    if targets:
-        show_table(["target", "value", "goal", "verdict"], targets)
+    _show_targets(benchmark.targets)
     facts = {"figures": str(out / "bench.json")}
     if "loader" in benchmark.figures:
         facts["picture"] = str(out / "bench.png")
@@ -113,6 +113,12 @@ def _bench_model(path: Path, out: Path, rounds: int) -> int:
     facts = {"model": benchmark.model, "figures": str(out / FIGURES), "picture": str(out / PICTURE)}
     closing_box("measured", facts | {f"without {name}": why for name, why in benchmark.left_out.items()})
     return 0
+
+
+def _show_targets(targets: list[Target]) -> None:
+    rows = [[t.what, f"{t.value:.3g}", t.goal, "met" if t.met else "missed"] for t in targets]
+    if rows:
+        show_table(["target", "value", "goal", "verdict"], rows)
 
 
 def _show_figures(part: str, contenders: dict[str, dict[str, float]]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def train(argv: list[str]) -> int:
     facts = {
         "best": f"{config.run_dir / record.best['path']}  {record.best['monitor']} {record.best['value']:.4f}",
         "steps": f"{record.steps:,} on {record.world_size} processes",
+        **_speed_of(config),
         **_gap_of(config.run_dir),
         "run": _run_in_mlflow(record, config),
         **local,
@@ -116,6 +118,15 @@ def _run_in_mlflow(record: RunRecord, config: Config) -> str:
     if record.mlflow["run_id"] is None:
         return f"not made in {record.mlflow['uri'] or server_of(config).uri} yet"
     return f"{record.mlflow['run_id']} in {record.mlflow['uri']} (look at it with `shardline ui`)"
+
+
+def _speed_of(config: Config) -> dict[str, str]:
+    """What the training said of its steps, and what would make them faster."""
+    from pipeline.report.speed import describe_speed
+    from pipeline.tracking.journal import FOLDER, POINTS, final_figures
+
+    num_cores = max(1, len(os.sched_getaffinity(0)) // launch.processes_here())
+    return describe_speed(final_figures(config.run_dir / FOLDER / POINTS), config.data.num_workers, num_cores)
 
 
 def _gap_of(run_dir: Path) -> dict[str, str]:

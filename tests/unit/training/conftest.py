@@ -131,7 +131,7 @@ def fit(
     return train
 
 
-def make_trainer(config: Config, *callbacks: L.Callback) -> L.Trainer:
+def make_trainer(config: Config, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """As `fit.build_trainer` makes it, but for one process without DDP."""
     return L.Trainer(
         accelerator="cpu",
@@ -147,6 +147,7 @@ def make_trainer(config: Config, *callbacks: L.Callback) -> L.Trainer:
         num_sanity_val_steps=0,
         default_root_dir=config.run_dir,
         **training_options(config),
+        **options,
     )
 
 

@@ -36,7 +36,7 @@ class EachStep(L.Callback):
 
 def test_curves_hold_every_nth_batch_and_each_validation(tiny_config: Config, fit: Fit, tmp_path: Path) -> None:
     # Without dropout and running statistics, a second forward pass of a batch gives the first one's logits.
-    config = change(change(tiny_config, "model", dropout=0.0, norm="group"), "trainer", max_epochs=2)
+    config = change(change(tiny_config, "model", dropout=0.0, norm="group"), "trainer", max_epochs=2, log_every_steps=3)
     tracker, each = Listener(), EachStep()
     ledger = BadSampleLedger(tmp_path, config.data)
     ledger.total = 5

@@ -51,7 +51,7 @@ def test_the_loss_is_the_mean_over_the_real_samples(
     expected = functional.cross_entropy(logits, batch["label"][real], reduction="none")
     # The same few float32 numbers, added in another order.
     assert float(loss) == pytest.approx(float(expected.mean()), rel=1e-6)
-    summed, correct, weight = module.step_sums.tolist()
+    summed, correct, weight = module.step_sums().tolist()
     assert summed / weight == pytest.approx(float(expected.mean()), rel=1e-6)
     right = (logits.argmax(dim=1) == batch["label"][real]).double().mean()
     assert correct / weight == pytest.approx(float(right), rel=1e-6)

@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.training.callbacks import WarmUpBuckets
-from pipeline.training.fit import STEP_HOOKS, drop_empty_hooks
+from pipeline.training.every_step import EveryStep
 from pipeline.training.monitors import StepMonitor
 from tests.unit.training.conftest import Fit, change, weights_of
 
@@ -82,12 +82,9 @@ def test_settings_work_together(config: Config, fit: Fit, trainer: dict[str, Any
     assert not torch.equal(before, after)
 
 
-def test_only_hooks_that_do_nothing_are_dropped(config: Config, fit: Fit) -> None:
-    monitor, warm_up = StepMonitor(config), WarmUpBuckets((16, 16))
-    drop_empty_hooks([monitor, warm_up])
-    kept = [name for name in STEP_HOOKS if callable(getattr(monitor, name))]
-    assert kept == ["on_train_batch_start", "on_before_optimizer_step"]
-    assert not any(callable(getattr(warm_up, name)) for name in STEP_HOOKS)
-    lean = fit(config, monitor, warm_up)
-    assert math.isfinite(monitor.gradient_norm)
-    assert torch.equal(weights_of(lean), weights_of(fit(config, *callbacks(config))))
+def test_settings_work_with_step_hooks_called_from_one_place(config: Config, fit: Fit) -> None:
+    config = change(config, "trainer", ema_decay=0.9, log_every_steps=3)
+    together = callbacks(config)
+    called_by_one = weights_of(fit(config, *together, EveryStep(together)))
+    assert any(isinstance(each, StepMonitor) and math.isfinite(each.gradient_norm) for each in together)
+    assert torch.equal(called_by_one, weights_of(fit(config, *callbacks(config))))

@@ -4,16 +4,17 @@ import re
 from typing import Any, Literal
 
 import pytest
+import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
-from pipeline.config import ModelConfig, OptimizerConfig, PreprocessConfig, SchedulerConfig
+from pipeline.config import ModelConfig, OptimizerConfig, PreprocessConfig, SchedulerConfig, TrainerConfig
 from pipeline.errors import ConfigError
 from pipeline.manifest import ImageStats
 from pipeline.models.sequential import build_network
 from pipeline.preprocess import build_spec
-from pipeline.training.optim import WarmupCosine, build_optimizer, build_scheduler
+from pipeline.training.optim import WarmupCosine, build_optimizer, build_scheduler, may_fuse
 
 
 @pytest.fixture
@@ -295,3 +296,41 @@ def test_a_scheduler_that_cannot_work_is_the_user_s_mistake(
     with pytest.raises(ConfigError) as caught:
         build_scheduler(optimizer, SchedulerConfig(name=name, args=args), total_steps=10, monitor="val/loss")
     assert re.search(message.replace("?", r"\?"), str(caught.value))
+
+
+# ---- fused ----
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_a_step_is_one_kernel_where_there_is_one_and_moves_as_the_others_do(name: str) -> None:
+    moved = []
+    for fuse in (True, False):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+        built = build_optimizer(network, OptimizerConfig(name=name, lr=0.1, args={"weight_decay": 0.1}), fuse=fuse)
+        assert {group["fused"] for group in built.param_groups} == {True if fuse else None}
+        for _ in range(3):
+            built.zero_grad()
+            network(torch.ones(2, 3, 4, 4)).square().sum().backward()
+            built.step()
+        moved.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-6)  # float32, rounded at other places
+
+
+def test_what_has_no_fused_kernel_and_who_asks_for_another_way_have_their_own() -> None:
+    network = nn.Linear(2, 2)
+    assert "fused" not in build_optimizer(network, OptimizerConfig(name="RMSprop")).param_groups[0]
+    built = build_optimizer(network, OptimizerConfig(args={"foreach": True}))
+    assert (built.param_groups[0]["foreach"], built.param_groups[0]["fused"]) == (True, None)
+    for without in (nn.Linear(2, 2, device="meta"), nn.Linear(2, 2, dtype=torch.complex64)):
+        assert build_optimizer(without, OptimizerConfig(name="AdamW")).param_groups[0]["fused"] is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip", "fuses"),
+    [("32-true", 1.0, True), ("bf16-mixed", None, True), ("bf16-mixed", 1.0, False), ("16-mixed", None, False)],
+)
+def test_a_fused_step_needs_gradients_that_are_whole(precision: Any, clip: float | None, fuses: bool) -> None:
+    trainer = TrainerConfig(precision=precision, gradient_clip_norm=clip)
+    assert may_fuse(trainer, ModelConfig()) is fuses
+    assert not may_fuse(trainer, ModelConfig(unfreeze={"features": 1}))

@@ -1,44 +1,68 @@
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import lightning as L
 import numpy as np
 import pytest
 
 from pipeline.config import Config
+from pipeline.data.datamodule import ShardDataModule
 from pipeline.manifest import DatasetManifest
 from pipeline.preprocess import PreprocessSpec
+from pipeline.report.speed import SAMPLED
 from pipeline.run import RunRecord
 from pipeline.training.checkpoint import identity_of
 from pipeline.training.checkpoint_writer import CheckpointWriter
 from pipeline.training.classifier import Classifier
-from pipeline.training.fit import STEP_HOOKS, build_callbacks, drop_empty_hooks
-from pipeline.training.performance import StepTimes
+from pipeline.training.every_step import EveryStep
+from pipeline.training.fit import build_callbacks
+from pipeline.training.performance import SAMPLE_EVERY, StepTimes
 from pipeline.training.pictures import Pictures
-from tests.unit.training.conftest import Fit, Listener, change
+from tests.unit.training.conftest import Listener, change, make_trainer
+
+FETCH = "[_TrainingEpochLoop].train_dataloader_next"
 
 
 class Driver:
-    """Calls the hooks in Lightning's order, at times that the test gives."""
+    """Calls hooks and profiler in Lightning's order, at times that the test gives."""
 
     def __init__(self, config: Config, module: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tracker, self.module, self.now = Listener(), module, 100.0
         self.times = StepTimes(config, self.tracker)
         self.trainer: Any = SimpleNamespace(global_step=0)
-        monkeypatch.setattr("pipeline.training.performance.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("pipeline.training.performance.time.perf_counter_ns", lambda: round(self.now * 1e9))
+        self.times.on_train_start(cast(L.Trainer, self.trainer), module)
 
     def begin_epoch(self) -> None:
         self.times.on_train_epoch_start(self.trainer, self.module)
 
+    def spend(self, action: str, seconds: float) -> None:
+        with self.times.clock.profile(action):
+            self.now += seconds
+
     def batch(self, wait: float, work: float, batch_idx: int = 0) -> None:
+        self.times.clock.start(FETCH)
         self.now += wait
-        self.times.on_train_batch_start(self.trainer, self.module, None, batch_idx)
-        self.now += work
-        self.trainer.global_step += (batch_idx + 1) % self.module.config.data.accumulate == 0
-        self.times.on_train_batch_end(self.trainer, self.module, None, None, batch_idx)
+        self.times.clock.stop(FETCH)
+        self.spend("[Strategy]DDPStrategy.batch_to_device", work / 8)
+        with (
+            self.times.clock.profile("run_training_batch"),
+            self.times.clock.profile("[LightningModule]Classifier.optimizer_step"),
+        ):
+            self.spend("[Strategy]DDPStrategy.training_step", work / 4)
+            self.spend("[Strategy]DDPStrategy.backward", work / 8)
+            self.spend("[Callback]EveryStep.on_before_optimizer_step", work / 16)
+            self.now += work / 8
+        self.now += work / 4
+        with self.times.clock.profile("[Callback]EveryStep.on_train_batch_end"):
+            self.now += work / 16
+            self.trainer.global_step += (batch_idx + 1) % self.module.config.data.accumulate == 0
+            self.times.on_train_batch_end(self.trainer, self.module, None, None, batch_idx)
 
     def validate(self, seconds: float) -> None:
-        self.now += seconds
+        self.times.on_validation_start(self.trainer, self.module)
+        self.spend("[Strategy]DDPStrategy.batch_to_device", seconds)
         self.times.on_validation_end(self.trainer, self.module)
 
     def end(self) -> dict[str, float]:
@@ -58,9 +82,12 @@ def driver(config: Config, make_classifier: Callable[[Config], Classifier], monk
     return Driver(config, make_classifier(config), monkeypatch)
 
 
-def test_waiting_counts_from_the_end_of_a_batch_to_the_next_and_validations_count_as_neither(
-    driver: Driver, capsys: pytest.CaptureFixture[str]
-) -> None:
+def percentiles(name: str, milliseconds: list[float]) -> dict[str, Any]:
+    values = {number: float(np.percentile(milliseconds, number)) for number in (50, 90, 99)}
+    return {f"perf/{name}_ms_p{number}": pytest.approx(value, abs=1e-3) for number, value in values.items()}
+
+
+def test_waiting_is_that_for_batches_and_validations_count_as_nothing(driver: Driver) -> None:
     driver.begin_epoch()
     driver.batch(wait=50.0, work=9.0)  # loader processes start: left out
     driver.batch(wait=0.25, work=0.75)
@@ -70,28 +97,40 @@ def test_waiting_counts_from_the_end_of_a_batch_to_the_next_and_validations_coun
     driver.now += 20.0  # what happens between two epochs
     driver.begin_epoch()
     driver.batch(wait=2.0, work=1.0)
-    assert driver.tracker.curves == [
-        (2, {"train/images_per_second": 8.0, "train/data_wait_share": 0.25}),
-        (4, {"train/images_per_second": 4.0, "train/data_wait_share": 1.5 / 4}),
-    ]
-    seconds = [1.0, 2.0, 2.0, 3.0]
-    expected = {f"perf/step_ms_p{share}": 1000 * float(np.percentile(seconds, share)) for share in (50, 90, 99)}
-    assert driver.end() == {"perf/images_per_second": 4.0, "perf/data_wait_share": 3.75 / 8, **expected}
-    assert capsys.readouterr().out == (
-        "4 images/s, a step 2000.0 ms (99 % under 2970.0), 47% of the time waiting for data: "
-        "try a higher `data.num_workers` (now 0)\n"
-    )
+    (second, early), (fourth, late) = driver.tracker.curves
+    assert (second, fourth) == (2, 4)
+    assert early == pytest.approx({"train/images_per_second": 8.0, "train/data_wait_share": 0.25})
+    assert late == pytest.approx({"train/images_per_second": 4.0, "train/data_wait_share": 1.5 / 4})
+    figures = driver.end()
+    assert figures["perf/images_per_second"] == pytest.approx(4.0)
+    assert figures["perf/data_wait_share"] == pytest.approx(3.75 / 8)
+    expected = percentiles("step", [1000, 2000, 2000, 3000]) | percentiles("data", [250, 500, 1000, 2000])
+    assert figures == figures | expected
 
 
-def test_little_waiting_needs_no_advice_and_a_run_without_steps_says_nothing(
-    driver: Driver, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert driver.end() == {}
+def test_a_sampled_step_is_split_into_stages_and_others_are_not(driver: Driver) -> None:
     driver.begin_epoch()
-    for _ in range(3):
-        driver.batch(wait=0.01, work=0.99)
-    driver.end()
-    assert capsys.readouterr().out == "8 images/s, a step 1000.0 ms (99 % under 1000.0), 1% of the time waiting for data\n"
+    driver.batch(wait=50.0, work=9.0)
+    sampled = []
+    for number in range(2 * SAMPLE_EVERY + 1):
+        work = 16.0 + number
+        sampled += [work] if number % SAMPLE_EVERY == 0 else []
+        driver.batch(wait=1.0, work=work)
+    figures, shares = driver.end(), dict.fromkeys(("transfer", "backward", "optimizer", "callbacks"), 1 / 8)
+    for stage, share in {**shares, "forward": 1 / 4, "lightning": 1 / 4}.items():
+        assert figures == figures | percentiles(stage, [1000 * work * share for work in sampled])
+
+
+def test_a_validation_is_in_no_sample(driver: Driver) -> None:
+    driver.begin_epoch()
+    driver.batch(wait=50.0, work=9.0)
+    driver.validate(30.0)  # it comes where the first sample has begun
+    driver.batch(wait=1.0, work=8.0)
+    assert driver.end()["perf/transfer_ms_p99"] == pytest.approx(1000.0)
+
+
+def test_a_run_without_steps_says_nothing(driver: Driver) -> None:
+    assert driver.end() == {}
 
 
 def test_a_step_of_accumulated_gradients_is_all_of_its_batches(
@@ -102,16 +141,36 @@ def test_a_step_of_accumulated_gradients_is_all_of_its_batches(
     driver.begin_epoch()
     for batch_idx in range(4):
         driver.batch(0.5, 1.5, batch_idx)
-    assert driver.tracker.curves == [(2, {"train/images_per_second": 2.0, "train/data_wait_share": 0.25})]
-    assert driver.end()["perf/step_ms_p50"] == 4000.0
+    ((step, rates),) = driver.tracker.curves
+    assert step == 2
+    assert rates == pytest.approx({"train/images_per_second": 2.0, "train/data_wait_share": 0.25})
+    figures = driver.end()
+    assert figures["perf/step_ms_p50"] == pytest.approx(4000.0)
+    assert figures["perf/forward_ms_p50"] == pytest.approx(2 * 1500 / 4)
 
 
-def test_a_training_has_its_curves_at_the_steps_of_the_others(config: Config, fit: Fit) -> None:
+def test_lightning_names_every_stage_of_a_training(
+    config: Config,
+    tiny_dataset: DatasetManifest,
+    spec: PreprocessSpec,
+    record: RunRecord,
+    make_classifier: Callable[[Config], Classifier],
+    own_signals: None,
+) -> None:
     tracker = Listener()
-    fit(change(config, "trainer", max_epochs=2, log_every_steps=3), StepTimes(config, tracker))
-    assert [step for step, _ in tracker.curves] == [2, 4, 6, 8]
-    assert all(0 < each["train/data_wait_share"] < 1 for _, each in tracker.curves)
+    config = change(config, "trainer", max_epochs=3, log_every_steps=3)
+    writer = CheckpointWriter(config, tiny_dataset, identity_of(record), config.run_dir)
+    callbacks = build_callbacks(config, tiny_dataset, spec, writer, tracker)
+    times = callbacks[-1]
+    assert isinstance(times, StepTimes)
+    trainer = make_trainer(config, *callbacks, EveryStep(callbacks), profiler=times.clock)
+    trainer.fit(make_classifier(config), datamodule=ShardDataModule(tiny_dataset, spec, config.data, config.seed))
+    steps = [step for step, each in tracker.curves if "train/data_wait_share" in each]
+    assert steps == [3, 6, 9, 12]
     assert tracker.figures["perf/step_ms_p50"] <= tracker.figures["perf/step_ms_p90"] <= tracker.figures["perf/step_ms_p99"]
+    medians = {stage: tracker.figures[f"perf/{stage}_ms_p50"] for stage in ("data", *SAMPLED)}
+    assert all(median > 0 for median in medians.values()), medians
+    assert sum(medians.values()) < 2 * tracker.figures["perf/step_ms_p99"], "each moment counts once"
 
 
 def test_rank_0_alone_draws_and_measures_and_measures_after_all_others(
@@ -121,6 +180,3 @@ def test_rank_0_alone_draws_and_measures_and_measures_after_all_others(
     first, other = (build_callbacks(config, tiny_dataset, spec, writer, tracker) for tracker in (Listener(), None))
     assert isinstance(first[-1], StepTimes) and any(isinstance(each, Pictures) for each in first)
     assert [type(each) for each in other] == [type(each) for each in first if not isinstance(each, (Pictures, StepTimes))]
-    drop_empty_hooks(first)
-    (pictures,) = (each for each in first if isinstance(each, Pictures))
-    assert all(getattr(pictures, hook) is None for hook in STEP_HOOKS), "pictures cost a step nothing"
