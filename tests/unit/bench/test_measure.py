@@ -39,7 +39,7 @@ def test_memory_shared_with_worker_processes_is_counted() -> None:
     before = resident_bytes()
     batch = torch.ones(50_000_000, dtype=torch.uint8)
     own = resident_bytes() - before
-    shared = batch.share_memory_()
+    shared = batch.share_memory_()  # type: ignore[no-untyped-call]
     assert own == pytest.approx(50e6, rel=0.1)
     del batch
     assert resident_bytes() - before == pytest.approx(50e6, rel=0.1), len(shared)
