@@ -193,8 +193,8 @@ class Contender:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the modules are here."""
-        return all(importlib.util.find_spec(module.split(".")[0]) for module in self.modules)
+        """Whether the modules are here; none of them is imported."""
+        return all(_is_there(module) for module in self.modules)
 
 
 TORCHVISION = ("torchvision.io", "torchvision.transforms.v2")
@@ -217,6 +217,14 @@ CONTENDERS: dict[str, Contender] = {
         functools.partial(ffcv, name="raw.beton"), ("ffcv.loader", "ffcv.fields.rgb_image"), "ffcv", _prepare_ffcv_raw
     ),
 }
+
+
+def _is_there(module: str) -> bool:
+    parts = module.split(".")
+    found = importlib.util.find_spec(parts[0])
+    if found is not None and found.origin is None:  # a name that packages share, such as NVIDIA's
+        found = importlib.util.find_spec(".".join(parts[:2]))
+    return found is not None
 
 
 def _webdataset(material: Material) -> Any:

@@ -170,7 +170,7 @@ def take_rounds(benchmark: Benchmark, part: str, turns: dict[str, Callable[[], F
 def packages() -> Sequence[str]:
     """The packages whose versions belong to the figures."""
     named = dict.fromkeys(contender.package for contender in CONTENDERS.values())
-    return (*named, "lightning", "mlflow", "numpy", "pillow", "simplejpeg")
+    return (*named, "nvidia-dali-cuda120", "lightning", "mlflow", "numpy", "pillow", "simplejpeg")
 
 
 def _is_prepared(benchmark: Benchmark, sets: Sets, name: str) -> bool:
