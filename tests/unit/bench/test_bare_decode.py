@@ -11,7 +11,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.bench.images import make_images
-from pipeline.data.native import DECODED, CropReader, is_built
+from pipeline.data.native import DECODED, SAMPLE, CropReader, is_built
 
 NUM_IMAGES = 48
 ROUNDS = 7
@@ -23,14 +23,15 @@ WIDEST_RATIO = 1.3
 def test_a_crop_costs_less_than_a_bare_decode_and_a_bit(tmp_path: Path) -> None:
     paths = sorted(make_images(tmp_path, NUM_IMAGES).rglob("*.jpg"))
     contents = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]
-    ranges = np.zeros(NUM_IMAGES, [("file", "<i4"), ("offset", "<i8"), ("size", "<i8")])
-    ranges["file"] = [os.open(path, os.O_RDONLY) for path in paths]
-    ranges["size"] = [len(content) for content in contents]
-    keys = np.arange(NUM_IMAGES, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    samples = np.zeros(NUM_IMAGES, SAMPLE)
+    samples["file"] = [os.open(path, os.O_RDONLY) for path in paths]
+    samples["size"] = [len(content) for content in contents]
+    samples["row"] = np.arange(NUM_IMAGES)
+    samples["key"] = np.arange(NUM_IMAGES, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     reader, out = CropReader(0.08, 0.5, (224, 224)), np.empty((NUM_IMAGES, 224, 224, 3), np.uint8)
 
     def crop() -> None:
-        assert (reader.read(ranges, keys, out) == DECODED).all()
+        assert (reader.read(samples, out) == DECODED).all()
 
     def decode() -> None:
         for content in contents:
@@ -39,7 +40,7 @@ def test_a_crop_costs_less_than_a_bare_decode_and_a_bit(tmp_path: Path) -> None:
     try:
         ratio = least_seconds(crop, decode)
     finally:
-        for file in ranges["file"]:
+        for file in samples["file"]:
             os.close(file)
     assert ratio[0] / ratio[1] < WIDEST_RATIO
 
