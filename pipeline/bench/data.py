@@ -14,6 +14,7 @@ from pipeline.bench.measure import Figures, in_process
 from pipeline.bench.results import Benchmark, Target, median
 from pipeline.bench.table import as_markdown
 from pipeline.console import say
+from pipeline.data import native
 from pipeline.files import write_bytes
 from pipeline.manifest import INDEX_ROW, DatasetManifest, ImageStats, IndexEntry, ShardEntry, SplitEntry
 
@@ -28,7 +29,7 @@ def run_benchmark(out: Path, parts: list[str], num_images: int, num_workers: int
     sets = Sets(out, num_images)
     make_images(sets.folder, num_images)
     sets.write(sets.folder, sets.dataset)
-    benchmark = Benchmark({}, [], {})
+    benchmark = Benchmark({}, [], {}, notes=[f"Our crops are decoded by {native.describe(None)}."])
     if "loader" in parts:
         bench_loader(benchmark, sets, num_workers, rounds)
     if "small" in parts:

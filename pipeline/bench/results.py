@@ -28,12 +28,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All figures of a run: medians over the rounds, by part and contender; what was left out, and why; the rounds."""
+    """All figures of a run: medians over the rounds, by part and contender; what was left out, and why."""
 
     figures: dict[str, dict[str, Figures]]
     targets: list[Target]
     left_out: dict[str, str]
     rounds: dict[str, dict[str, list[Figures]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def judge(
         self, part: str, what: str, figure: str, one: str, other: str, *, least: float = 0.0, most: float = math.inf

@@ -20,7 +20,7 @@ def as_markdown(benchmark: Benchmark, packages: Iterable[str]) -> str:
     machine = describe_machine(packages)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     today = datetime.datetime.now(tz=datetime.UTC).date()
-    lines = [f"{today}, {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}.", ""]
+    lines = [f"{today}, {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}.", *benchmark.notes, ""]
     if benchmark.targets:
         rows = [
             [target.what, _with_spread(target.value, target.spread), target.goal, "met" if target.met else "missed"]
