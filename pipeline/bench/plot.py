@@ -29,7 +29,10 @@ def draw(rounds: dict[str, list[Figures]], path: Path) -> None:
     loaders = {name: figures for name, figures in rounds.items() if "startup_seconds" in figures[0]}
     _draw_bars(speed, loaders, "images_a_second", "images a second (longer is better)", "{:,.0f}")
     _draw_bars(cost, rounds, "cpu_ms", "CPU milliseconds an image (shorter is better)", "{:.2f}")
-    chart.suptitle("random 224 px crops of 500 x 375 JPEGs, mirrored by half, uint8 batches of 64", fontsize="medium")
+    chart.suptitle(
+        "random 224 px crops of 500 x 375 JPEGs, mirrored by half, uint8 batches of 64; x: shardline beside it",
+        fontsize="medium",
+    )
     _save(chart, path)
 
 
