@@ -30,27 +30,29 @@ def run_benchmark(out: Path, parts: list[str], num_images: int, num_workers: int
     make_images(sets.folder, num_images)
     sets.write(sets.folder, sets.dataset)
     benchmark = Benchmark({}, [], {}, notes=[f"Our crops are decoded by {native.describe(None)}."])
-    if "loader" in parts:
-        bench_loader(benchmark, sets, num_workers, rounds)
-    if "small" in parts:
-        bench_small(benchmark, sets, num_workers, rounds)
-    if "memory" in parts:
-        bench_memory(benchmark, sets, num_workers)
-    if "step" in parts:
-        _bench_step(benchmark, out, steps, rounds)
-    if "read" in parts:
-        _bench_read(benchmark, sets.dataset, rounds)
-    if "open" in parts:
-        _bench_open(benchmark, out)
-    if "write" in parts:
-        _bench_write(benchmark, out, sets.folder, rounds)
-    benchmark.write(out / RESULTS / "bench.json", packages())
-    write_bytes(out / RESULTS / "bench.md", as_markdown(benchmark, packages()).encode())
-    if "loader" in parts:
+    measures: dict[str, Callable[[], None]] = {
+        "loader": lambda: bench_loader(benchmark, sets, num_workers, rounds),
+        "small": lambda: bench_small(benchmark, sets, num_workers, rounds),
+        "memory": lambda: bench_memory(benchmark, sets, num_workers),
+        "step": lambda: _bench_step(benchmark, out, steps, rounds),
+        "read": lambda: _bench_read(benchmark, sets.dataset, rounds),
+        "open": lambda: _bench_open(benchmark, out),
+        "write": lambda: _bench_write(benchmark, out, sets.folder, rounds),
+    }
+    for part, measure in measures.items():
+        if part in parts:
+            measure()
+            _write_results(benchmark, out / RESULTS)  # an hour's work is not lost with what comes after it
+    return benchmark
+
+
+def _write_results(benchmark: Benchmark, folder: Path) -> None:
+    benchmark.write(folder / "bench.json", packages())
+    write_bytes(folder / "bench.md", as_markdown(benchmark, packages()).encode())
+    if benchmark.rounds.get("loader"):
         from pipeline.bench.plot import draw
 
-        draw(benchmark.rounds["loader"], out / RESULTS / "bench.png")
-    return benchmark
+        draw(benchmark.rounds["loader"], folder / "bench.png")
 
 
 def _bench_step(benchmark: Benchmark, out: Path, steps: int, rounds: int) -> None:
