@@ -142,7 +142,7 @@ test-cluster: $(READY) ## a real Slurm and two hosts on this machine; root, slur
 test-images: $(READY) ## builds the images without a daemon; root, buildah, podman, runc, mmdebstrap
 	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m images tests/images
 
-bench: $(READY) ## our data stage beside other loaders, on this machine
+bench: $(READY) ## our loader and loop beside others, on this machine; table and picture in bench/results
 	$(SHARDLINE) bench data $(ARGS)
 
 # The files in a wheel bear the time of the last commit, so the same commit gives the same bytes.

@@ -1,4 +1,4 @@
-"""`shardline bench data`: our loader beside the others on the same images, interleaved in one run; table, plot and verdicts."""
+"""`shardline bench data`: our loader and loop beside the others, interleaved in one run; table, plot and verdicts."""
 
 import shutil
 import statistics
@@ -7,69 +7,67 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.bench.contenders import CONTENDERS, is_installed
+from pipeline.bench.contenders import OURS
 from pipeline.bench.images import make_images
+from pipeline.bench.loaders import Sets, bench_loader, bench_memory, bench_small, packages
 from pipeline.bench.measure import Figures, in_process
 from pipeline.bench.results import Benchmark, Target, median
-from pipeline.config import DatasetConfig
+from pipeline.bench.table import as_markdown
 from pipeline.console import say
-from pipeline.data.writer import prepare_dataset
+from pipeline.data import native
+from pipeline.files import write_bytes
 from pipeline.manifest import INDEX_ROW, DatasetManifest, ImageStats, IndexEntry, ShardEntry, SplitEntry
 
-PARTS = ("loader", "read", "open", "write")
-OURS = "shardline"
-PACKAGES = ("torch", "torchvision", "pillow", "numpy", "webdataset", "timm", "litdata", "mosaicml-streaming")
+PARTS = ("loader", "small", "memory", "step", "read", "open", "write")
+RESULTS = "results"  # in the folder of the benchmark; beside it lie the images
 SYNTHETIC_SAMPLES = 100_000_000
 SYNTHETIC_SHARDS = 20_000
 
 
-def run_benchmark(out: Path, parts: list[str], num_images: int, num_workers: int, rounds: int) -> Benchmark:
-    """Measure `parts`, each contender in turn in every round, and leave bench.json and bench.png in `out`."""
-    folder = make_images(out / f"images-{num_images}", num_images)
-    dataset = out / f"shards-{num_images}"
-    config = DatasetConfig(source=str(folder), val_fraction=0.0, test_fraction=0.0, samples_per_shard=max(1, num_images // 8))
-    prepare_dataset(config, dataset)
-    benchmark = Benchmark({}, [], {})
-    if "loader" in parts:
-        _bench_loader(benchmark, out, folder, dataset, num_workers, rounds)
-    if "read" in parts:
-        _bench_read(benchmark, dataset, rounds)
-    if "open" in parts:
-        _bench_open(benchmark, out)
-    if "write" in parts:
-        _bench_write(benchmark, out, folder, rounds)
-    benchmark.write(out / "bench.json", PACKAGES)
-    if "loader" in parts:
-        from pipeline.bench.plot import draw
-
-        draw(benchmark.figures["loader"], out / "bench.png")
+def run_benchmark(out: Path, parts: list[str], num_images: int, num_workers: int, rounds: int, steps: int = 500) -> Benchmark:
+    """Measure `parts`, each contender in turn in every round, and leave bench.json, bench.md and bench.png in OUT/results."""
+    sets = Sets(out, num_images)
+    make_images(sets.folder, num_images)
+    sets.write(sets.folder, sets.dataset)
+    benchmark = Benchmark({}, [], {}, notes=[f"Our crops are decoded by {native.describe(None)}."])
+    measures: dict[str, Callable[[], None]] = {
+        "loader": lambda: bench_loader(benchmark, sets, num_workers, rounds),
+        "small": lambda: bench_small(benchmark, sets, num_workers, rounds),
+        "memory": lambda: bench_memory(benchmark, sets, num_workers),
+        "step": lambda: _bench_step(benchmark, out, steps, rounds),
+        "read": lambda: _bench_read(benchmark, sets.dataset, rounds),
+        "open": lambda: _bench_open(benchmark, out),
+        "write": lambda: _bench_write(benchmark, out, sets.folder, rounds),
+    }
+    for part, measure in measures.items():
+        if part in parts:
+            measure()
+            _write_results(benchmark, out / RESULTS)  # an hour's work is not lost with what comes after it
     return benchmark
 
 
-def _bench_loader(benchmark: Benchmark, out: Path, folder: Path, dataset: Path, num_workers: int, rounds: int) -> None:
-    found: dict[str, list[Figures]] = {}
+def _write_results(benchmark: Benchmark, folder: Path) -> None:
+    benchmark.write(folder / "bench.json", packages())
+    write_bytes(folder / "bench.md", as_markdown(benchmark, packages()).encode())
+    if benchmark.rounds.get("loader"):
+        from pipeline.bench.plot import draw
+
+        draw(benchmark.rounds["loader"], folder / "bench.png")
+
+
+def _bench_step(benchmark: Benchmark, out: Path, steps: int, rounds: int) -> None:
+    found = []
     for number in range(rounds):
-        for name in CONTENDERS:
-            if name in benchmark.left_out:
-                continue
-            if not is_installed(name):
-                benchmark.left_out[name] = "not installed"
-                continue
-            say(f"round {number + 1} of {rounds}: {name}")
-            try:
-                figures = in_process(
-                    "loader", name=name, folder=str(folder), dataset=str(dataset), copies=str(out), num_workers=num_workers
-                )
-            except RuntimeError as error:
-                benchmark.left_out[name] = f"failed: {error}"
-                continue
-            found.setdefault(name, []).append(figures)
-    benchmark.figures["loader"] = {name: median(rounds) for name, rounds in found.items()}
-    for name, goal in (("webdataset + Pillow", 1.5), ("webdataset + torchvision", 1.2)):
-        if {OURS, name} <= found.keys():
-            pairs = zip(found[OURS], found[name], strict=False)
-            ratio = statistics.median(us["images_a_cpu_second"] / them["images_a_cpu_second"] for us, them in pairs)
-            benchmark.targets.append(Target(f"images a CPU-second beside {name}", ratio, f">= {goal} x", ratio >= goal))
+        say(f"round {number + 1} of {rounds}: a training step")
+        found.append(in_process("step", folder=str(out / "step"), steps=steps))
+    contenders = {name: [{"cpu_us": figures[name]} for figures in found] for name in found[0]}
+    benchmark.rounds["step"] = contenders
+    benchmark.figures["step"] = {name: median(figures) for name, figures in contenders.items()}
+    # A busy machine only ever adds, and each round has all of them side by side.
+    added = [figures["shardline train"] - figures["bare Trainer"] for figures in found]
+    middle = statistics.median(added)
+    what = "CPU us a step that metrics, logging and callbacks add to a bare Trainer"
+    benchmark.targets.append(Target(what, middle, "<= 100", middle <= 100, (min(added), max(added))))
 
 
 def _bench_read(benchmark: Benchmark, dataset: Path, rounds: int) -> None:

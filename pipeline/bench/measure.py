@@ -1,10 +1,11 @@
 """One measurement in a process of its own: `python -m pipeline.bench.measure JSON` prints its figures as JSON.
 
-CPU time of a loader is that of its worker processes, and of this process from the first batch on: imports are counted as
-start-up, which each contender has once.
+CPU time of a loader is that of a whole epoch, in this process with all its threads and in the worker processes, which end with
+the epoch. Imports are not counted.
 """
 
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -14,54 +15,137 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 Figures = dict[str, float]
-COLUMNS = 100_000_000  # samples of the synthetic index
-SAMPLES_A_SHARD = 5_000
+BARE_WARM_UP = 50  # images
 MODEL_SECONDS = 0.5  # for each figure of a model alone
 
 
-def cpu_seconds(*whose: int) -> float:
-    """User and system time, by default of this process and its ended children."""
-    usages = [resource.getrusage(who) for who in whose or (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+def cpu_seconds() -> float:
+    """User and system time of this process with its threads, and of its children, those that run and those that ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages) + _cpu_seconds_of_children(os.getpid())
+
+
+def _cpu_seconds_of_children(pid: int) -> float:
+    seconds = 0.0
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in listed.read_text().split():
+            try:
+                fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            except FileNotFoundError:  # it ended meanwhile
+                continue
+            ticks = sum(int(field) for field in fields[11:15])  # utime, stime, and both of its ended children: proc(5)
+            seconds += ticks / os.sysconf("SC_CLK_TCK") + _cpu_seconds_of_children(int(child))
+    return seconds
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is not shared with files."""
+    """Memory of this process that is not shared with files: its own, and what it shares with its worker processes."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssAnon"].split()[0]) * 1024
+    return sum(int(status[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
-def measure_loader(name: str, folder: str, dataset: str, copies: str, num_workers: int) -> Figures:
-    """Images a second, a CPU-second, and seconds to the first batch of one contender."""
+def measure_loader(**arguments: Any) -> Figures:
+    """Images a second and CPU milliseconds an image of a contender's second epoch; seconds to the first batch of its first.
+
+    The first epoch is there for what is done once: caches, and what compiles itself. Arguments: as of `open_contender`.
+    """
+    begin, seconds_to_open = open_contender(**arguments)
+    begun = time.perf_counter()
+    _, first, _ = _run_epoch(begin())
+    startup = seconds_to_open + first - begun
+    before = cpu_seconds()
+    number, first, num_first = _run_epoch(begin())
+    seconds = time.perf_counter() - first
+    cpu = cpu_seconds() - before
+    if number == num_first:
+        raise RuntimeError("there are too few images for two batches")
+    return {
+        "images_a_second": (number - num_first) / seconds,
+        "cpu_ms": cpu / number * 1e3,
+        "startup_seconds": startup,
+        "images": number,
+    }
+
+
+def open_contender(
+    name: str, folder: str, dataset: str, copies: str, num_workers: int
+) -> tuple[Callable[[], Iterator["torch.Tensor"]], float]:
+    """What begins an epoch of the contender, and the seconds it took to make; without the imports, which come before."""
     import torch
 
     from pipeline.bench.contenders import CONTENDERS, Material
 
     torch.set_num_threads(1)
-    material = Material(Path(folder), Path(dataset), Path(copies), num_workers)
+    contender = CONTENDERS[name]
+    for module in contender.modules:
+        importlib.import_module(module)
     begun = time.perf_counter()
-    number, first, before = 0, 0.0, 0.0
-    for images in CONTENDERS[name][0](material):
+    begin = contender.open(Material(Path(folder), Path(dataset), Path(copies), num_workers))
+    return begin, time.perf_counter() - begun
+
+
+def _run_epoch(batches: Iterator["torch.Tensor"]) -> tuple[int, float, int]:
+    """The number of images, the moment of the first batch, and its number of images. Raises RuntimeError without any."""
+    import torch
+
+    number, first, num_first = 0, 0.0, 0
+    for images in batches:
         if not number:
-            first, before = time.perf_counter() - begun, cpu_seconds(resource.RUSAGE_SELF)
-            num_first = len(images)
+            first, num_first = time.perf_counter(), len(images)
             assert images.dtype == torch.uint8 and sorted(images.shape[1:]) == [3, 224, 224], (images.dtype, images.shape)
         number += len(images)
     if not number:
         raise RuntimeError("yielded nothing")
-    seconds = time.perf_counter() - begun - first
-    cpu = cpu_seconds() - before
-    return {
-        "images": number,
-        "images_a_second": (number - num_first) / seconds,
-        "images_a_cpu_second": number / cpu,
-        "startup_seconds": first,
-    }
+    return number, first, num_first
+
+
+def prepare_contender(name: str, folder: str, dataset: str, copies: str, num_workers: int) -> Figures:
+    """Make the form of the images that the contender reads, where it needs one of its own."""
+    from pipeline.bench.contenders import CONTENDERS, Material
+
+    prepare = CONTENDERS[name].prepare
+    if prepare is not None:
+        prepare(Material(Path(folder), Path(dataset), Path(copies), num_workers))
+    return {}
+
+
+def measure_bare_decode(folder: str) -> Figures:
+    """Milliseconds of one thread that decodes each JPEG of a folder whole by libjpeg-turbo, its bytes in memory already."""
+    import simplejpeg
+
+    contents = [path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))]
+    for content in contents[:BARE_WARM_UP]:
+        simplejpeg.decode_jpeg(content)
+    begun, before = time.perf_counter(), cpu_seconds()
+    for content in contents:
+        simplejpeg.decode_jpeg(content)
+    seconds, cpu = time.perf_counter() - begun, cpu_seconds() - before
+    return {"images_a_second": len(contents) / seconds, "cpu_ms": cpu / len(contents) * 1e3, "images": len(contents)}
+
+
+def measure_memory(epochs: int, **arguments: Any) -> Figures:
+    """Megabytes that this process holds after each epoch of a loader. Arguments: as of `open_contender`."""
+    begin, _ = open_contender(**arguments)
+    figures = {}
+    for number in range(epochs):
+        _run_epoch(begin())
+        figures[f"after {number + 1}"] = resident_bytes() / 1e6
+    return figures
+
+
+def measure_step(folder: str, steps: int) -> Figures:
+    """Microseconds of CPU that a training step takes: `pipeline.bench.step`."""
+    from pipeline.bench.step import step_costs
+
+    return {name: figures["least"] for name, figures in step_costs(Path(folder), steps, rounds=1).items()}
 
 
 def measure_read(name: str, dataset: str) -> Figures:
@@ -177,6 +261,10 @@ def measure_model(model: str, images: list[str]) -> Figures:
 
 MEASUREMENTS: dict[str, Callable[..., Figures]] = {
     "loader": measure_loader,
+    "prepare": prepare_contender,
+    "bare": measure_bare_decode,
+    "memory": measure_memory,
+    "step": measure_step,
     "read": measure_read,
     "open": measure_open,
     "parts": measure_parts,

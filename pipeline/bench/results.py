@@ -1,10 +1,11 @@
 """What a benchmark leaves: figures, targets met or missed, what was left out, and the machine they hold for."""
 
 import dataclasses
+import math
 import platform
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class Target:
     value: float
     goal: str
     met: bool
+    spread: tuple[float, float] | None = None  # least and most over the rounds
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,20 @@ class Benchmark:
     figures: dict[str, dict[str, Figures]]
     targets: list[Target]
     left_out: dict[str, str]
+    rounds: dict[str, dict[str, list[Figures]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def judge(
+        self, part: str, what: str, figure: str, one: str, other: str, *, least: float = 0.0, most: float = math.inf
+    ) -> None:
+        """Hold the ratio of two contenders' figures, taken round by round, against a goal, where both are there."""
+        found = self.rounds[part]
+        if not {one, other} <= found.keys():
+            return
+        ratios = [us[figure] / them[figure] for us, them in zip(found[one], found[other], strict=True)]
+        middle = statistics.median(ratios)
+        goal = f">= {least:g} x" if least else f"<= {most:g} x"
+        self.targets.append(Target(what, middle, goal, least <= middle <= most, (min(ratios), max(ratios))))
 
     def write(self, path: Path, packages: Iterable[str]) -> None:
         """Write it as JSON, with hardware and versions for whoever reads the figures later."""

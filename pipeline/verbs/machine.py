@@ -46,14 +46,15 @@ def bench(argv: list[str]) -> int:
     parser = parser_of(bench, settings=False)
     parser.add_argument("what", choices=["data", "step", "checkpoint", "model", "serve"], help="what to measure")
     parser.add_argument("path", nargs="?", help="for `model`: a run folder or model.onnx; default: runs/digits")
-    parser.add_argument("--parts", default="", help="of data: loader, read, open, write; of serve: digits, photos; all of them")
+    parts = "of data: loader, small, memory, step, read, open, write; of serve: digits, photos; all of them"
+    parser.add_argument("--parts", default="", help=parts)
     parser.add_argument("--num-images", type=int, default=4000, help="generated JPEGs to measure with")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--workers", type=int, default=2, help="workers of every loader, processes or threads")
     parser.add_argument("--steps", type=int, default=500, help="training steps of each turn")
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender has its turn")
     parser.add_argument("--out", default="bench", help="folder of the images, figures and picture")
     options = parse_arguments(parser, argv)
-    for name, least in (("num_images", 64), ("workers", 1), ("steps", 100), ("rounds", 1)):
+    for name, least in (("num_images", 512), ("workers", 1), ("steps", 100), ("rounds", 1)):
         if options[name] < least:
             raise ConfigError(f"`--{name.replace('_', '-')}` is {options[name]}; it must be {least} or more.")
     out = Path(options.out)
@@ -79,8 +80,9 @@ def bench(argv: list[str]) -> int:
     else:
         from pipeline.bench import data
 
-        parts = require_parts(options.parts, data.PARTS)
-        _show_benchmark(data.run_benchmark(out, parts, options.num_images, options.workers, options.rounds), out)
+        wanted = require_parts(options.parts, data.PARTS)
+        measured = data.run_benchmark(out, wanted, options.num_images, options.workers, options.rounds, options.steps)
+        _show_benchmark(measured, out / data.RESULTS)
     return 0
 
 
@@ -89,6 +91,8 @@ def _show_benchmark(benchmark: Benchmark, out: Path) -> None:
         _show_figures(part, contenders)
     _show_targets(benchmark.targets)
     facts = {"figures": str(out / "bench.json")}
+    if (out / "bench.md").is_file():
+        facts["table"] = str(out / "bench.md")
     if "loader" in benchmark.figures:
         facts["picture"] = str(out / "bench.png")
     for name, why in benchmark.left_out.items():
