@@ -178,7 +178,7 @@ static void on_progress(j_common_ptr info) {
 /* In eighths: 8, 4, 2 or 1. Scaling in the frequencies loses nothing where the crop is to become half as large or smaller. */
 static int scale_for(const struct box *box, int height, int width) {
     int eighths = 8;
-    while (eighths > 1 && box->height * (eighths / 2) >= 8 * height && box->width * (eighths / 2) >= 8 * width) eighths /= 2;
+    while (eighths > 1 && box->height / height >= 16 / eighths && box->width / width >= 16 / eighths) eighths /= 2;
     return eighths;
 }
 
@@ -211,6 +211,7 @@ static void decode_window(struct decoder *decoder, const struct header *header, 
     info->scale_denom = 8;
     info->dct_method = JDCT_ISLOW;
     jpeg_start_decompress(info);
+    if (!has_all_scans(info)) give_up(decoder, NOT_SUPPORTED); /* what is missing is guessed from all blocks around */
     double scale = info->scale_num / 8.0;
     double top = box->top * scale, left = box->left * scale;
     double box_height = box->height * scale, box_width = box->width * scale;
@@ -240,11 +241,26 @@ static void decode_window(struct decoder *decoder, const struct header *header, 
     *window = (struct window){pixels, (int)columns, (int)num_rows, top - first, left - column, box_height, box_width};
 }
 
-/* Whether the file was cut off behind the rows that were read; then its end, which libjpeg would make up, is missing. */
-static void require_whole(struct decoder *decoder, const uint8_t *jpeg, size_t size) {
+/* That the file was not cut off behind the rows that were read. To skip to the last row decodes no further, so that one is read. */
+static void require_whole(struct decoder *decoder, const uint8_t *jpeg, size_t size, struct scratch *scratch) {
     if (size >= 2 && jpeg[size - 2] == 0xFF && jpeg[size - 1] == EOI) return;
     struct jpeg_decompress_struct *info = &decoder->info;
-    if (info->output_scanline < info->output_height) jpeg_skip_scanlines(info, info->output_height - info->output_scanline);
+    JDIMENSION left = info->output_height - info->output_scanline;
+    if (!left) return;
+    JSAMPROW row = room(&scratch->turned, (size_t)info->output_width * (size_t)info->output_components + SLACK);
+    if (!row) give_up(decoder, NO_MEMORY);
+    if (left > 1) jpeg_skip_scanlines(info, left - 1);
+    jpeg_read_scanlines(info, &row, 1);
+}
+
+static void attempt(struct decoder *decoder, const uint8_t *jpeg, size_t size, const struct header *header, const struct box *box,
+                    int height, int width, struct scratch *scratch, struct window *window) {
+    if (setjmp(decoder->failed)) return;
+    jpeg_create_decompress(&decoder->info);
+    decoder->info.progress = &decoder->progress;
+    jpeg_mem_src(&decoder->info, jpeg, (unsigned long)size);
+    decode_window(decoder, header, box, height, width, scratch, window);
+    require_whole(decoder, jpeg, size, scratch);
 }
 
 static enum status decode(const uint8_t *jpeg, size_t size, const struct header *header, const struct box *box, int height,
@@ -257,13 +273,7 @@ static enum status decode(const uint8_t *jpeg, size_t size, const struct header 
     decoder.errors.emit_message = on_message;
     decoder.progress.progress_monitor = on_progress;
     decoder.status = DECODED;
-    if (!setjmp(decoder.failed)) {
-        jpeg_create_decompress(&decoder.info);
-        decoder.info.progress = &decoder.progress;
-        jpeg_mem_src(&decoder.info, jpeg, (unsigned long)size);
-        decode_window(&decoder, header, box, height, width, scratch, window);
-        require_whole(&decoder, jpeg, size);
-    }
+    attempt(&decoder, jpeg, size, header, box, height, width, scratch, window);
     jpeg_destroy_decompress(&decoder.info);
     return decoder.status;
 }
@@ -354,11 +364,13 @@ static struct box stored_box(const struct header *header, const struct box *box,
 enum status decode_crop(const uint8_t *jpeg, size_t size, const struct header *header, const struct box *box,
                         const struct target *target, struct scratch *scratch, uint8_t *out) {
     if ((uint64_t)header->width * (uint64_t)header->height > target->max_pixels) return TOO_LARGE;
+    int whole_height, whole_width;
+    upright_size(header, &whole_height, &whole_width);
+    if (box->height < 1 || box->width < 1 || box->top < 0 || box->left < 0 || box->top > whole_height - box->height ||
+        box->left > whole_width - box->width)
+        return NOT_SUPPORTED;
     struct turn turn = turn_of(header->orientation);
     struct box stored = stored_box(header, box, turn);
-    if (box->height < 1 || box->width < 1 || stored.top < 0 || stored.left < 0 || stored.top > header->height - stored.height ||
-        stored.left > header->width - stored.width)
-        return NOT_SUPPORTED;
     int height = turn.transposed ? target->width : target->height, width = turn.transposed ? target->height : target->width;
     struct header cut = *header;
     size_t cut_size = cut_out(jpeg, size, &cut, &stored, scratch);

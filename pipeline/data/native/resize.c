@@ -1,6 +1,7 @@
 #include "resize.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -90,7 +91,7 @@ __attribute__((target("avx2"))) static void horizontal_avx2(const uint8_t *row, 
         for (; j < both; j += 2)
             sums = _mm256_add_epi32(sums, _mm256_madd_epi16(two_pairs(left + 3 * (size_t)j, right + 3 * (size_t)j),
                                                             two_weights(left_weights + j, right_weights + j)));
-        /* Where one side has more taps than the other, the shorter reads its own last pixels again with weights of 0. */
+        /* Where one side has more taps than the other, the shorter reads its own first pixels again with weights of 0. */
         for (; j < left_count || j < right_count; j += 2) {
             int at_left = j < left_count ? j : 0, at_right = j < right_count ? j : 0;
             __m256i pixels = two_pairs(left + 3 * (size_t)at_left, right + 3 * (size_t)at_right);
@@ -129,7 +130,7 @@ __attribute__((target("avx2"))) static void vertical_avx2(const uint8_t *rows, s
     vertical_portable(rows + x, stride, weights, count, length - x, out + x);
 }
 
-static int avx2_wanted = -1; /* until somebody asks */
+static atomic_int avx2_wanted = -1; /* until somebody asks */
 
 int uses_avx2(void) {
     if (avx2_wanted < 0) avx2_wanted = __builtin_cpu_supports("avx2") != 0;
