@@ -1,7 +1,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup data check train evaluate export web serve doctor slurm k8s ui lint format test test-cluster test-images bench
+.PHONY: help setup data check train evaluate export web serve doctor slurm k8s ui lint format test test-cluster test-images fuzz bench
 .PHONY: package images lock licenses clean
 
 CONFIG ?= configs/digits.yaml
@@ -21,6 +21,10 @@ K8S ?= indexed-job
 # For `make images`: which of docker/NAME.Dockerfile, and what builds them (docker, podman or buildah) if not the first that works
 IMAGES ?= serve train
 BUILDER ?=
+# For `make fuzz`
+SECONDS ?= 60
+FUZZ ?= build/fuzz
+LIBJPEG ?=
 
 # What runs a model in the browser, from the npm registry
 ONNXRUNTIME_WEB := onnxruntime-web-1.30.0
@@ -141,6 +145,20 @@ test-cluster: $(READY) ## a real Slurm and two hosts on this machine; root, slur
 
 test-images: $(READY) ## builds the images without a daemon; root, buildah, podman, runc, mmdebstrap
 	@OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m images tests/images
+
+# The decoder in C with the sanitizers and libFuzzer. LIBJPEG: where a libjpeg.a was built with `-fsanitize=fuzzer-no-link,address`, so
+# that the search sees into it too, in place of the system's.
+$(FUZZ)/decoder: tests/fuzz/decoder.c $(wildcard pipeline/data/native/*.[ch])
+	@command -v clang > /dev/null || { echo "error: clang is not installed (Debian, Ubuntu: apt-get install clang)" >&2; exit 2; }
+	@mkdir -p $(FUZZ)
+	clang -std=c11 -g -O2 -ffp-contract=off -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Ipipeline/data/native \
+		$(if $(LIBJPEG),-I$(LIBJPEG)/include) $< $(filter-out %/module.c,$(filter pipeline/%.c,$^)) \
+		$(or $(LIBJPEG:%=%/lib/libjpeg.a),-ljpeg) -lm -o $@
+
+fuzz: $(FUZZ)/decoder ## inputs that libFuzzer makes up, against the decoder in C: SECONDS=600; clang
+	@mkdir -p $(FUZZ)/corpus
+	$(FUZZ)/decoder -max_total_time=$(SECONDS) -max_len=12000 -rss_limit_mb=2000 -timeout=60 -print_final_stats=1 \
+		-dict=tests/fuzz/jpeg.dict -artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus tests/fuzz/corpus
 
 bench: $(READY) ## our loader and loop beside others, on this machine; table and picture in bench/results
 	$(SHARDLINE) bench data $(ARGS)

@@ -180,7 +180,8 @@ static PyObject *py_read_crops(PyObject *self, PyObject *args) {
         return NULL;
     batch.target.max_pixels = max_pixels;
     Py_ssize_t number = batch.samples.len / (Py_ssize_t)sizeof(struct sample);
-    int fits = batch.statuses.len == (Py_ssize_t)sizeof(int32_t) * number && rows_fit(&batch, number);
+    int fits = batch.samples.len == (Py_ssize_t)sizeof(struct sample) * number &&
+               batch.statuses.len == (Py_ssize_t)sizeof(int32_t) * number && rows_fit(&batch, number);
     if (fits) {
         Py_BEGIN_ALLOW_THREADS;
         read_batch(&batch, number);
