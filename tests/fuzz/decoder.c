@@ -1,13 +1,12 @@
 /* What no JPEG may do to the decoder, for libFuzzer: `make fuzz` builds it with the sanitizers and lets it search.
 
-   The last bytes of an input choose the crop, what comes before them is the JPEG. Beyond memory errors, an input is a finding where
-   two ways to the same pixels differ: AVX2 and portable C, fresh and used memory, a window and the whole image, the file and the
-   same with restart markers. */
+   The last bytes of an input choose the crop, what comes before them is the JPEG. Beyond memory errors, an input is a finding
+   where two ways to the same pixels differ: AVX2 and portable C, fresh and used memory, a window and the whole image, the file
+   and the same with restart markers. */
+#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include <setjmp.h>
 
 #include <jpeglib.h>
 
@@ -31,7 +30,8 @@ static int part_of(uint8_t choice, int length) { return choice * length / 255; }
 
 static struct box chosen_box(const struct choices *choices, int height, int width) {
     int top = part_of(choices->top, height - 1), left = part_of(choices->left, width - 1);
-    return (struct box){top, left, 1 + part_of(choices->height, height - top - 1), 1 + part_of(choices->width, width - left - 1)};
+    int tall = 1 + part_of(choices->height, height - top - 1), wide = 1 + part_of(choices->width, width - left - 1);
+    return (struct box){top, left, tall, wide};
 }
 
 /* ---- the plain way: all rows and columns, then the same resize ---- */

@@ -241,7 +241,8 @@ static void decode_window(struct decoder *decoder, const struct header *header, 
     *window = (struct window){pixels, (int)columns, (int)num_rows, top - first, left - column, box_height, box_width};
 }
 
-/* That the file was not cut off behind the rows that were read. To skip to the last row decodes no further, so that one is read. */
+/* Refuses a file that was cut off behind the rows that were read: to skip to the very end would decode nothing, to read the last
+   row decodes all before it. */
 static void require_whole(struct decoder *decoder, const uint8_t *jpeg, size_t size, struct scratch *scratch) {
     if (size >= 2 && jpeg[size - 2] == 0xFF && jpeg[size - 1] == EOI) return;
     struct jpeg_decompress_struct *info = &decoder->info;
@@ -253,8 +254,8 @@ static void require_whole(struct decoder *decoder, const uint8_t *jpeg, size_t s
     jpeg_read_scanlines(info, &row, 1);
 }
 
-static void attempt(struct decoder *decoder, const uint8_t *jpeg, size_t size, const struct header *header, const struct box *box,
-                    int height, int width, struct scratch *scratch, struct window *window) {
+static void attempt(struct decoder *decoder, const uint8_t *jpeg, size_t size, const struct header *header,
+                    const struct box *box, int height, int width, struct scratch *scratch, struct window *window) {
     if (setjmp(decoder->failed)) return;
     jpeg_create_decompress(&decoder->info);
     decoder->info.progress = &decoder->progress;

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.native import STATUSES
+from pipeline.data.native import STATUSES, with_restarts
+from pipeline.errors import DataError
 
 _jpeg: Any = pytest.importorskip("pipeline.data.native._jpeg", reason="the native decoder is not built; `make native`")
 
@@ -33,8 +34,8 @@ def test_no_input_ends_the_process_and_each_has_a_status() -> None:
             found.add(STATUSES[_jpeg.random_crop(jpeg, key, 0.08, 0.5, MAX_PIXELS, 31, 17, pixels)])
         for box in [(0, 0, 1, 1), (0, 0, 8, 8), (3, 5, 40, 20)]:
             found.add(STATUSES[_jpeg.crop(jpeg, box, True, MAX_PIXELS, 31, 17, pixels)])
-        with contextlib.suppress(ValueError):
-            assert _jpeg.with_restarts(jpeg, 2)[:2] == b"\xff\xd8"
+        with contextlib.suppress(DataError):
+            assert with_restarts(jpeg, 2)[:2] == b"\xff\xd8"
     assert {"decoded", "not supported", "too large", "broken"} <= found  # or the corpus shows too little
 
 
@@ -43,7 +44,7 @@ def test_the_sanitizers_find_nothing_in_the_corpus(tmp_path: Path) -> None:
     build = ["make", "--no-print-directory", f"FUZZ={tmp_path}", f"{tmp_path}/decoder"]
     built = subprocess.run(build, cwd=PROJECT, capture_output=True, text=True)
     if "libclang_rt" in built.stderr:
-        pytest.skip("clang is installed without the sanitizers (Debian, Ubuntu: libclang-rt-dev)")
+        pytest.skip("clang is installed without the sanitizers (Debian: libclang-rt-14-dev)")
     assert built.returncode == 0, built.stderr
     replay = subprocess.run([tmp_path / "decoder", "-timeout=60", *CORPUS], capture_output=True, text=True)
     assert replay.returncode == 0, replay.stderr[-4000:]
