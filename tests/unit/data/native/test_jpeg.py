@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -358,12 +359,19 @@ def shard(tmp_path: Path) -> Shard:
 def test_many_threads_at_once_give_the_pixels_of_one(shard: Shard) -> None:
     alone = np.zeros((70, 24, 32, 3), np.uint8)
     assert set(shard.read(shard.samples, alone)) == {"decoded"}
-    with ThreadPoolExecutor(8) as threads:
-        for _ in range(3):
-            together = np.zeros_like(alone)
-            work = [threads.submit(shard.read, part, together) for part in np.array_split(shard.samples, 8)]
-            assert {status for one in work for status in one.result()} == {"decoded"}
-            np.testing.assert_array_equal(together, alone)
+    num_threads = 8
+    together = np.zeros((num_threads, *alone.shape), np.uint8)
+    start = Barrier(num_threads)
+
+    def read(thread: int) -> list[str]:
+        start.wait()
+        order = np.roll(np.arange(70), thread)  # each has another image in hand
+        return [status for _ in range(3) for status in shard.read(shard.samples[order], together[thread])]
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        assert {status for statuses in threads.map(read, range(num_threads)) for status in statuses} == {"decoded"}
+    for pixels in together:
+        np.testing.assert_array_equal(pixels, alone)
 
 
 def test_each_sample_has_its_own_status_and_a_bad_one_spoils_no_other(shard: Shard) -> None:
