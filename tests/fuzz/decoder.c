@@ -113,7 +113,7 @@ static void compare_with_restarts(const uint8_t *jpeg, size_t size, const struct
     uint8_t *marked = NULL;
     size_t marked_size = 0;
     char reason[MAX_REASON] = "";
-    add_restarts(jpeg, size, 1 + choices->interval, &marked, &marked_size, reason);
+    add_restarts(jpeg, size, 1 + choices->interval, MAX_PIXELS, &marked, &marked_size, reason);
     require(marked ? marked_size > 0 : reason[0] != 0, "neither a JPEG with restart markers nor a reason");
     if (!marked) return;
     uint8_t *again = calloc(1, length), *exact = malloc(marked_size);
