@@ -14,7 +14,7 @@ quietly "$BIN/python" -m build --no-isolation --outdir "$built" "$source"
 mkdir -p "$out"
 mv "$built"/*.tar.gz "$out"
 wheel=$(echo "$built"/*.whl)
-if "$BIN/python" -m zipfile -l "$wheel" | grep -q '_jpeg\.abi3\.so'; then
+if "$BIN/python" -m zipfile -l "$wheel" | grep '_jpeg\.abi3\.so' > /dev/null; then
   PATH="$BIN:$PATH" quietly "$BIN/python" -m auditwheel repair --wheel-dir "$out" "$wheel"
 else
   echo "the wheel has no native decoder: no C compiler, or no headers of libjpeg-turbo (Debian, Ubuntu: apt-get install gcc libjpeg-dev)"
