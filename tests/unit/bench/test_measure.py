@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.bench.images import make_images
 from pipeline.bench.loaders import Sets
-from pipeline.bench.measure import cpu_seconds, in_process, resident_bytes
+from pipeline.bench.measure import cpu_seconds, in_process
 
 WORK = "import time\nwhile time.process_time() < 0.5: pass\nprint(1, flush=True)\nimport sys; sys.stdin.read()"
 
