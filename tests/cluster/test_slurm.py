@@ -117,6 +117,8 @@ def test_a_job_that_meets_its_time_limit_saves_and_queues_itself_again(slurm: Sl
     wait_until(lambda: "time limit: queued again to go on from the save" in log_of(shared_folder, job), "the requeue", 20)
     assert newest_step(shared_folder, name) == int(step)
 
+    # The shortened limit holds for the job's next life too, and the warning may come before that one trains.
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     slurm.wait_for(job, "RUNNING", 60)
     wait_until(lambda: f"going on after step {step}:" in log_of(shared_folder, job), "the resumed training", 60)
     slurm.run("scancel", job)
