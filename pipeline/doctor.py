@@ -202,7 +202,7 @@ def _decoder(patient: Patient) -> Finding:
     found = native.describe(patient.config.data.decoder)
     if patient.config.data.augment.crop_scale == 1:
         return Finding("green", f"{found} (not used: this configuration takes no random crops)")
-    return Finding("green" if native.is_built() else "yellow", found, f"{native.HOW_TO_BUILD}: two to three times as fast.")
+    return Finding("green" if native.is_built() else "yellow", found, f"{native.HOW_TO_BUILD}; it takes less time.")
 
 
 def _shared_memory(patient: Patient) -> Finding:

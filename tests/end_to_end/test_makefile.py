@@ -144,3 +144,16 @@ def test_a_package_that_is_not_the_pinned_one_is_not_unpacked(clone: Path) -> No
     assert not (clone / "pipeline").exists()
     npm.write_text("#!/bin/bash\nexit 1\n")
     assert "its registry reachable?" in make(clone, "web", PATH=f"{clone / 'bin'}:{os.environ['PATH']}").stderr
+
+
+def test_a_decoder_that_cannot_be_built_is_one_line_with_what_it_needs(clone: Path) -> None:
+    programs = clone / ".venv/bin"
+    programs.mkdir(parents=True)
+    fake_python(programs, "exit 1").rename(programs / "python")
+    (clone / ".venv/.ready").touch()
+    done = make(clone, "native")
+    assert done.returncode == 2
+    (line,) = errors(done)
+    assert line.startswith(
+        "error: the native decoder was not built; install what it needs (Debian, Ubuntu: apt-get install gcc"
+    )
