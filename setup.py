@@ -5,8 +5,8 @@ from setuptools import Extension, setup
 HERE = "pipeline/data/native"
 decoder = Extension(
     "pipeline.data.native._jpeg",
-    [f"{HERE}/{name}.c" for name in ("module", "jpeg", "resize", "transcode")],
-    depends=[f"{HERE}/{name}.h" for name in ("jpeg", "resize", "transcode")],
+    [f"{HERE}/{name}.c" for name in ("module", "jpeg", "entropy", "resize", "transcode")],
+    depends=[f"{HERE}/{name}.h" for name in ("jpeg", "entropy", "resize", "transcode")],
     libraries=["jpeg"],
     # The numbers of a crop are those that Python computes: no multiplication is fused with an addition.
     extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-Wall", "-Wextra"],

@@ -203,6 +203,9 @@ def decodable() -> Iterator[tuple[str, bytes]]:
     yield "trailing half image", ordinary + save(photo(20, 30))[:-100]
     yield "optimized", save(photo(83, 121), optimize=True)
     yield "standard tables left out", join([s for s in segments_of(ordinary) if s.marker != 0xC4])
+    for factors in (0x13, 0x14, 0x24, 0x44):
+        grey = save(photo(83, 121, "L"), restart_marker_blocks=4)
+        yield f"grey of {factors >> 4} x {factors & 15} blocks", with_frame(grey, factors=factors)
     yield "quality 1", save(photo(83, 121), quality=1)
     yield "quality 100", save(photo(83, 121), quality=100)
     yield "some XMP", save(photo(48, 80), xmp=b"<x:xmpmeta>no orientation</x:xmpmeta>")
@@ -211,6 +214,7 @@ def decodable() -> Iterator[tuple[str, bytes]]:
 def refused() -> Iterator[tuple[str, bytes, str]]:
     """What is left to a general decoder, and the status that says so."""
     ordinary = save(photo(48, 80))
+    parts = segments_of(ordinary)
     yield "12 bits", with_frame(ordinary, precision=12), "not supported"
     yield "arithmetic", with_frame(ordinary, SOF9), "not supported"
     yield "lossless", with_frame(ordinary, SOF3), "not supported"
@@ -232,8 +236,12 @@ def refused() -> Iterator[tuple[str, bytes, str]]:
     yield "a thousand scans", join(scans[:-3] + scans[-3:] * 340), "not supported"
     yield "no scan", join(segments_of(ordinary)[:-1]), "broken"
     yield "no frame", join([s for s in segments_of(ordinary) if s.marker != SOF0]), "broken"
+    for kind in (0x00, 0x10):
+        without = [Segment(0xC4, bytes([kind]) + bytes(16)) if s.marker == 0xC4 and s.content[0] == kind else s for s in parts]
+        yield f"a table of no codes, {kind:02x}", join(without), "broken"
     yield "sampling factors of 0", with_frame(ordinary, factors=0), "broken"
-    yield "sampling factors of 15", with_frame(ordinary, factors=0xFF), "broken"
+    for factors in (0xFF, 0x24, 0x42):
+        yield f"luma of {factors >> 4} x {factors & 15} blocks", with_frame(ordinary, factors=factors), "not supported"
     restarts = save(photo(48, 80), restart_marker_blocks=1)
     yield "a restart marker out of turn", restarts.replace(b"\xff\xd3", b"\xff\xd5", 1), "broken"
     yield "nothing", b"", "not supported"

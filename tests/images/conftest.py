@@ -126,7 +126,7 @@ def checkout(folder: Path) -> Path:
     folder.mkdir()
     for name in ("configs", "docker", "pipeline"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (".dockerignore", "LICENSE", "Makefile", "README.md", "pyproject.toml", "requirements.lock"):
+    for name in (".dockerignore", "LICENSE", "Makefile", "README.md", "pyproject.toml", "requirements.lock", "setup.py"):
         shutil.copy(REPOSITORY / name, folder)
     for planted in ("team.env", "data/private.jpg", "runs/mlflow.db", ".git/config", "configs/.env", ".venv/secret"):
         path = folder / planted

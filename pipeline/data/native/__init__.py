@@ -36,7 +36,7 @@ def is_built() -> bool:
 def describe(decoder: str | None) -> str:
     """What decodes training's crops by `data.decoder`, in words. Raises ConfigError as `chosen` does."""
     if chosen(decoder):
-        return f"the native decoder ({'AVX2' if _jpeg.use_avx2(True) else 'portable C'})"
+        return f"the native decoder ({'AVX2' if _jpeg.uses_avx2() else 'portable C'})"
     return "torchvision.io" if is_built() else f"torchvision.io: the native decoder is not built here; {HOW_TO_BUILD}"
 
 
@@ -85,8 +85,7 @@ class CropReader:
 def with_restarts(encoded: bytes, interval: int) -> bytes:
     """The same JPEG, coefficient for coefficient, with a restart marker every `interval` MCUs.
 
-    Where `interval` does not divide a row of MCUs, the largest smaller number that does is taken. The result has been read
-    again and compared. Raises DataError with the reason where there is none.
+    The result has been read again and compared. Raises DataError with the reason where there is none.
     """
     try:
         rewritten: bytes = _jpeg.with_restarts(encoded, interval, MAX_PIXELS)

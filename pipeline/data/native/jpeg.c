@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <setjmp.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,6 +10,7 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
+#include "entropy.h"
 #include "resize.h"
 
 /* Chroma of a neighbour shines into the last pixel on each side, where it is stored at half the width or height. */
@@ -18,15 +20,18 @@ uint8_t *room(struct buffer *buffer, size_t size) {
     if (buffer->size < size) {
         free(buffer->bytes);
         buffer->size = 0;
-        buffer->bytes = malloc(size);
+        buffer->bytes = calloc(1, size);
         if (buffer->bytes) buffer->size = size;
     }
     return buffer->bytes;
 }
 
-void free_scratch(struct scratch *scratch) {
-    struct buffer *all[] = {&scratch->pixels, &scratch->resized, &scratch->turned, &scratch->parts, &scratch->weights};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+void shrink_scratch(struct scratch *scratch, size_t most) {
+    struct buffer *all[] = {&scratch->encoded,  &scratch->pixels, &scratch->resized, &scratch->turned,
+                            &scratch->unpacked, &scratch->tables, &scratch->weights};
+    size_t held = 0;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) held += all[i]->size;
+    for (size_t i = 0; held > most && i < sizeof all / sizeof *all; i++) {
         free(all[i]->bytes);
         all[i]->bytes = NULL;
         all[i]->size = 0;
@@ -46,7 +51,6 @@ enum marker {
     SOI = 0xD8,
     EOI = 0xD9,
     SOS = 0xDA,
-    DRI = 0xDD,
     APP1 = 0xE1
 };
 
@@ -96,6 +100,8 @@ static enum status read_frame(const uint8_t *segment, size_t size, struct header
         if (factors >> 4 > across) across = factors >> 4;
         if ((factors & 15) > down) down = factors & 15;
     }
+    /* 4:1:0 and the like: libjpeg makes other pixels of some windows than of the whole image. */
+    if (header->num_components > 1 && across * down > 4) return NOT_SUPPORTED;
     header->mcu_width = header->num_components == 1 ? 8 : 8 * across; /* one component is never interleaved */
     header->mcu_height = header->num_components == 1 ? 8 : 8 * down;
     return DECODED;
@@ -105,7 +111,7 @@ enum status read_header(const uint8_t *jpeg, size_t size, struct header *header)
     memset(header, 0, sizeof *header);
     header->orientation = 1;
     if (size < 4 || jpeg[0] != 0xFF || jpeg[1] != SOI) return NOT_SUPPORTED;
-    int num_exif = 0;
+    int num_exif = 0, has_frame = 0;
     for (size_t at = 2;;) {
         if (size - at < 4) return BROKEN;
         if (jpeg[at] != 0xFF) return BROKEN;
@@ -119,18 +125,11 @@ enum status read_header(const uint8_t *jpeg, size_t size, struct header *header)
         if (length < 2 || length > size - at - 2) return BROKEN;
         const uint8_t *segment = jpeg + at + 4;
         size_t content = length - 2;
-        if (marker == SOS) {
-            header->scan = at;
-            return header->frame ? DECODED : BROKEN;
-        }
+        if (marker == SOS) return has_frame ? DECODED : BROKEN;
         if (marker <= DAC && marker != DHT && marker != JPG && marker != DAC) {
-            if (header->frame || marker > SOF2) return NOT_SUPPORTED; /* lossless, hierarchical or arithmetic coding */
+            if (has_frame++ || marker > SOF2) return NOT_SUPPORTED; /* lossless, hierarchical or arithmetic coding */
             enum status status = read_frame(segment, content, header);
             if (status != DECODED) return status;
-            header->frame = at;
-            header->is_sequential = marker != SOF2;
-        } else if (marker == DRI && content >= 2) {
-            header->restart_interval = (int)number(segment, 2, 0);
         } else if (marker == APP1 && content >= 6 && !memcmp(segment, "Exif\0", 6)) {
             header->orientation = read_orientation(segment + 6, content - 6);
             if (num_exif++ || !header->orientation) return NOT_SUPPORTED;
@@ -149,6 +148,12 @@ void upright_size(const struct header *header, int *height, int *width) {
 
 /* ---- decoding a window ---- */
 
+/* What libjpeg declares for itself alone. It begins so in every release of libjpeg and libjpeg-turbo. */
+struct jpeg_entropy_decoder {
+    void (*start_pass)(j_decompress_ptr);
+    boolean (*decode_mcu)(j_decompress_ptr, JBLOCKROW *);
+};
+
 /* libjpeg reports by calls that may not return. Whatever changes after `setjmp` lives in here. */
 struct decoder {
     struct jpeg_decompress_struct info;
@@ -156,6 +161,11 @@ struct decoder {
     struct jpeg_progress_mgr progress;
     jmp_buf failed;
     enum status status;
+    const uint8_t *jpeg;
+    size_t size;
+    struct scan scan; /* as far as we read it, and not libjpeg */
+    int by_libjpeg;   /* this time libjpeg reads all */
+    int is_unusual;   /* we could not go on: libjpeg has to read it again from the start */
 };
 
 static void give_up(struct decoder *decoder, enum status status) {
@@ -199,6 +209,45 @@ int has_all_scans(const struct jpeg_decompress_struct *info) {
     return 1;
 }
 
+static void leave_to_libjpeg(struct decoder *decoder) {
+    decoder->is_unusual = 1;
+    give_up(decoder, BROKEN);
+}
+
+static boolean on_mcu(j_decompress_ptr info, JBLOCKROW *blocks) {
+    struct decoder *decoder = info->client_data;
+    if (!read_mcu(&decoder->scan, info, blocks)) leave_to_libjpeg(decoder);
+    return TRUE;
+}
+
+static int ends_whole(const struct decoder *decoder) {
+    return decoder->size >= 2 && decoder->jpeg[decoder->size - 2] == 0xFF && decoder->jpeg[decoder->size - 1] == EOI;
+}
+
+static atomic_int code_readers = BOTH;
+
+void read_codes_by(enum readers readers) { code_readers = readers; }
+
+/* Has the Huffman codes read by us, where there is one scan of them; rows and columns are those of the output. */
+static void read_codes(struct decoder *decoder, const struct header *header, int first, int end, int from, int until,
+                       struct scratch *scratch) {
+    struct jpeg_decompress_struct *info = &decoder->info;
+    /* Without its last marker libjpeg finds some files cut off and some not, by how far ahead it has read. */
+    if (decoder->by_libjpeg || !ends_whole(decoder) || jpeg_has_multiple_scans(info) || info->arith_code) {
+        if (code_readers == ONLY_WE) give_up(decoder, NOT_SUPPORTED);
+        return;
+    }
+    size_t size = info->src->bytes_in_buffer;
+    uint8_t *unpacked = room(&scratch->unpacked, size + OVERRUN), *tables = room(&scratch->tables, sizeof(struct tables));
+    if (!unpacked || !tables) give_up(decoder, NO_MEMORY);
+    int height = header->mcu_height * (int)info->scale_num / 8, width = header->mcu_width * (int)info->scale_num / 8;
+    /* libjpeg reads a row above and below for the chroma of its neighbours, and one component in as many rows at once as that has. */
+    int more = info->num_components == 1 ? info->max_v_samp_factor : 1;
+    struct mcus wanted = {first / height - more, (end + height - 1) / height + more, from / width, (until + width - 1) / width};
+    begin_scan(&decoder->scan, info, (struct tables *)tables, &wanted, info->src->next_input_byte, size, unpacked);
+    info->entropy->decode_mcu = on_mcu;
+}
+
 static void decode_window(struct decoder *decoder, const struct header *header, const struct box *box, int height, int width,
                           struct scratch *scratch, struct window *window) {
     struct jpeg_decompress_struct *info = &decoder->info;
@@ -223,6 +272,7 @@ static void decode_window(struct decoder *decoder, const struct header *header, 
     if (until > (int)info->output_width) until = (int)info->output_width;
     JDIMENSION column = (JDIMENSION)from, columns = (JDIMENSION)(until - from);
     jpeg_crop_scanline(info, &column, &columns);
+    read_codes(decoder, header, first, end, (int)column, until, scratch);
     if (first > 0) first = (int)jpeg_skip_scanlines(info, (JDIMENSION)first);
     size_t stride = 3 * (size_t)columns, num_rows = (size_t)(end - first), inks = info->num_components == 4 ? 4 * (size_t)columns : 0;
     uint8_t *pixels = room(&scratch->pixels, stride * num_rows + SLACK);
@@ -242,10 +292,11 @@ static void decode_window(struct decoder *decoder, const struct header *header, 
 }
 
 /* Refuses a file that was cut off behind the rows that were read: to skip to the very end would decode nothing, to read the last
-   row decodes all before it. */
-static void require_whole(struct decoder *decoder, const uint8_t *jpeg, size_t size, struct scratch *scratch) {
-    if (size >= 2 && jpeg[size - 2] == 0xFF && jpeg[size - 1] == EOI) return;
+   row decodes all before it. And one that lost restart markers before them, so that other rows were read. */
+static void require_whole(struct decoder *decoder, struct scratch *scratch) {
     struct jpeg_decompress_struct *info = &decoder->info;
+    if (decoder->scan.tables && !ends_in_turn(&decoder->scan, info)) leave_to_libjpeg(decoder);
+    if (ends_whole(decoder)) return;
     JDIMENSION left = info->output_height - info->output_scanline;
     if (!left) return;
     JSAMPROW row = room(&scratch->turned, (size_t)info->output_width * (size_t)info->output_components + SLACK);
@@ -254,18 +305,18 @@ static void require_whole(struct decoder *decoder, const uint8_t *jpeg, size_t s
     jpeg_read_scanlines(info, &row, 1);
 }
 
-static void attempt(struct decoder *decoder, const uint8_t *jpeg, size_t size, const struct header *header,
-                    const struct box *box, int height, int width, struct scratch *scratch, struct window *window) {
+static void attempt(struct decoder *decoder, const struct header *header, const struct box *box, int height, int width,
+                    struct scratch *scratch, struct window *window) {
     if (setjmp(decoder->failed)) return;
     jpeg_create_decompress(&decoder->info);
     decoder->info.progress = &decoder->progress;
-    jpeg_mem_src(&decoder->info, jpeg, (unsigned long)size);
+    jpeg_mem_src(&decoder->info, decoder->jpeg, (unsigned long)decoder->size);
     decode_window(decoder, header, box, height, width, scratch, window);
-    require_whole(decoder, jpeg, size, scratch);
+    require_whole(decoder, scratch);
 }
 
 static enum status decode(const uint8_t *jpeg, size_t size, const struct header *header, const struct box *box, int height,
-                          int width, struct scratch *scratch, struct window *window) {
+                          int width, int by_libjpeg, struct scratch *scratch, struct window *window) {
     struct decoder decoder;
     memset(&decoder, 0, sizeof decoder);
     decoder.info.err = jpeg_std_error(&decoder.errors);
@@ -274,68 +325,13 @@ static enum status decode(const uint8_t *jpeg, size_t size, const struct header 
     decoder.errors.emit_message = on_message;
     decoder.progress.progress_monitor = on_progress;
     decoder.status = DECODED;
-    attempt(&decoder, jpeg, size, header, box, height, width, scratch, window);
+    decoder.jpeg = jpeg;
+    decoder.size = size;
+    decoder.by_libjpeg = by_libjpeg;
+    attempt(&decoder, header, box, height, width, scratch, window);
     jpeg_destroy_decompress(&decoder.info);
-    return decoder.status;
-}
-
-/* ---- only the restart intervals that a crop needs ---- */
-
-/* Where the marker after `at` begins, `end` where there is none; a 0xFF in the data is followed by a 0. */
-static const uint8_t *next_marker(const uint8_t *at, const uint8_t *end) {
-    while (at < end && (at = memchr(at, 0xFF, (size_t)(end - at)))) {
-        if (end - at < 2) return end;
-        if (at[1] != 0 && at[1] != 0xFF) return at;
-        at += at[1] ? 1 : 2;
-    }
-    return end;
-}
-
-/* A JPEG of those MCUs of `jpeg` that `box` touches, and one more on each side, in `scratch->parts`; its size in bytes, or 0 where
-   there is none to be had. Its header and the place of the box in it replace the given ones. */
-static size_t cut_out(const uint8_t *jpeg, size_t size, struct header *header, struct box *box, struct scratch *scratch) {
-    int interval = header->restart_interval, mcu_width = header->mcu_width, mcu_height = header->mcu_height;
-    int across = (header->width + mcu_width - 1) / mcu_width, down = (header->height + mcu_height - 1) / mcu_height;
-    if (!interval || !header->is_sequential || across % interval || jpeg[size - 2] != 0xFF || jpeg[size - 1] != EOI) return 0;
-    size_t data = header->scan + 2 + number(jpeg + header->scan + 2, 2, 0);
-    if (data >= size || jpeg[header->scan + 4] != header->num_components) return 0;
-    int step = interval * mcu_width, per_row = across / interval;
-    int first_row = box->top / mcu_height - 1, end_row = (box->top + box->height + mcu_height - 1) / mcu_height + 1;
-    int first = (box->left - mcu_width) / step, end = (box->left + box->width + mcu_width + step - 1) / step;
-    first_row = first_row < 0 ? 0 : first_row;
-    end_row = end_row > down ? down : end_row;
-    first = first < 0 ? 0 : first;
-    end = end > per_row ? per_row : end;
-    if (end - first == per_row && end_row - first_row == down) return 0;
-    uint8_t *parts = room(&scratch->parts, size + 4);
-    if (!parts) return 0;
-    memcpy(parts, jpeg, data);
-    size_t at = data;
-    int num_kept = 0;
-    const uint8_t *from = jpeg + data, *file_end = jpeg + size;
-    for (int row = 0; row < end_row; row++)
-        for (int part = 0; part < per_row; part++) {
-            const uint8_t *marker = next_marker(from, file_end);
-            int is_last = row == down - 1 && part == per_row - 1, expected = RST0 + (row * per_row + part) % 8;
-            if (marker == file_end || marker[1] != (is_last ? EOI : expected)) return 0;
-            if (row >= first_row && part >= first && part < end) {
-                memcpy(parts + at, from, (size_t)(marker - from));
-                at += (size_t)(marker - from);
-                parts[at++] = 0xFF;
-                parts[at++] = (uint8_t)(RST0 + num_kept++ % 8);
-            }
-            from = marker + 2;
-        }
-    parts[at - 1] = EOI;
-    header->height = end_row == down ? header->height - first_row * mcu_height : (end_row - first_row) * mcu_height;
-    header->width = end == per_row ? header->width - first * step : (end - first) * step;
-    parts[header->frame + 5] = (uint8_t)(header->height >> 8);
-    parts[header->frame + 6] = (uint8_t)header->height;
-    parts[header->frame + 7] = (uint8_t)(header->width >> 8);
-    parts[header->frame + 8] = (uint8_t)header->width;
-    box->top -= first_row * mcu_height;
-    box->left -= first * step;
-    return at;
+    return decoder.is_unusual && code_readers != ONLY_WE ? decode(jpeg, size, header, box, height, width, 1, scratch, window)
+                                                          : decoder.status;
 }
 
 /* ---- a crop ---- */
@@ -373,11 +369,9 @@ enum status decode_crop(const uint8_t *jpeg, size_t size, const struct header *h
     struct turn turn = turn_of(header->orientation);
     struct box stored = stored_box(header, box, turn);
     int height = turn.transposed ? target->width : target->height, width = turn.transposed ? target->height : target->width;
-    struct header cut = *header;
-    size_t cut_size = cut_out(jpeg, size, &cut, &stored, scratch);
     struct window window;
-    enum status status = decode(cut_size ? scratch->parts.bytes : jpeg, cut_size ? cut_size : size, &cut, &stored, height, width,
-                                scratch, &window);
+    enum status status = decode(jpeg, size, header, &stored, height, width, code_readers == ONLY_LIBJPEG, scratch,
+                                &window);
     if (status != DECODED) return status;
     if (target->mirrored && turn.transposed) turn.upside_down ^= 1;
     if (target->mirrored && !turn.transposed) turn.mirrored ^= 1;

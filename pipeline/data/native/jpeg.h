@@ -31,10 +31,7 @@ struct header {
     int width, height; /* as stored */
     int orientation;   /* EXIF's, 1 to 8 */
     int num_components;
-    int is_sequential;    /* Huffman-coded, not progressive */
-    int restart_interval; /* in MCUs, 0 for none */
     int mcu_width, mcu_height;
-    size_t frame, scan; /* where SOF and SOS begin */
 };
 
 struct buffer {
@@ -43,7 +40,7 @@ struct buffer {
 };
 
 struct scratch {
-    struct buffer pixels, resized, turned, parts, weights;
+    struct buffer encoded, pixels, resized, turned, unpacked, tables, weights;
 };
 
 enum status read_header(const uint8_t *jpeg, size_t size, struct header *header);
@@ -53,9 +50,14 @@ void upright_size(const struct header *header, int *height, int *width);
 enum status decode_crop(const uint8_t *jpeg, size_t size, const struct header *header, const struct box *box,
                         const struct target *target, struct scratch *scratch, uint8_t *out);
 
-/* At least `size` bytes, or NULL; what was in there is lost. */
+/* Who reads Huffman codes: we, and libjpeg where something is unusual; for comparisons only one of them. */
+enum readers { BOTH, ONLY_WE, ONLY_LIBJPEG };
+void read_codes_by(enum readers readers);
+
+/* At least `size` bytes, all zero at first, or NULL; what was in a smaller room is lost. */
 uint8_t *room(struct buffer *buffer, size_t size);
-void free_scratch(struct scratch *scratch);
+/* Gives it all back where that is more than `most` bytes; it can be used again. */
+void shrink_scratch(struct scratch *scratch, size_t most);
 
 /* Of a progressive JPEG that was read: whether its low frequencies are all there. Where not, libjpeg smooths what it shows. */
 struct jpeg_decompress_struct;

@@ -16,7 +16,7 @@
 /* ---- random crops ---- */
 
 /* Number `place` of the stream that `key` begins, in [0, 1): splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
-   generators", 2014). `pipeline.data.augment.Draws` is the same in Python. */
+   generators", 2014). `pipeline.data.augment.draws` is the same in Python. */
 static double draw(uint64_t key, uint64_t place) {
     uint64_t value = key + (place + 1) * UINT64_C(0x9E3779B97F4A7C15);
     value = (value ^ value >> 30) * UINT64_C(0xBF58476D1CE4E5B9);
@@ -70,10 +70,55 @@ static enum status read_whole(int file, uint8_t *bytes, size_t size, off_t offse
     return DECODED;
 }
 
+/* ---- scratch that is used again: it holds Huffman tables, and fresh memory costs a fault for each page ---- */
+
+/* Those that nobody uses, under the interpreter's lock: as many as ever were used at once. */
+#define MOST_IDLE 64
+#define MOST_KEPT ((size_t)16 << 20) /* bytes in each; a huge image needs more, and seldom comes */
+static struct scratch *idle[MOST_IDLE];
+static int num_idle;
+
+static struct scratch *borrow_scratch(void) { return num_idle ? idle[--num_idle] : calloc(1, sizeof(struct scratch)); }
+
+static void return_scratch(struct scratch *scratch) {
+    shrink_scratch(scratch, num_idle < MOST_IDLE ? MOST_KEPT : 0);
+    if (num_idle < MOST_IDLE)
+        idle[num_idle++] = scratch;
+    else
+        free(scratch);
+}
+
 /* ---- Python ---- */
 
 static int has_room(const Py_buffer *out, Py_ssize_t number, const struct target *target) {
     return target->height > 0 && target->width > 0 && (!number || out->len / 3 / target->height / number >= target->width);
+}
+
+/* How the crop of one image is drawn, where no box is given. */
+struct draws {
+    unsigned long long key;
+    double smallest, flip;
+};
+
+static PyObject *crop_one(Py_buffer *jpeg, const struct box *box, const struct draws *draws, struct target *target, Py_buffer *out) {
+    enum status status = DECODED;
+    int fits = has_room(out, 1, target);
+    struct scratch *scratch = fits ? borrow_scratch() : NULL;
+    if (scratch) {
+        Py_BEGIN_ALLOW_THREADS;
+        size_t size = (size_t)jpeg->len;
+        struct header header;
+        if (!box)
+            status = crop_at_random(jpeg->buf, size, draws->key, draws->smallest, draws->flip, target, scratch, out->buf);
+        else if ((status = read_header(jpeg->buf, size, &header)) == DECODED)
+            status = decode_crop(jpeg->buf, size, &header, box, target, scratch, out->buf);
+        Py_END_ALLOW_THREADS;
+        return_scratch(scratch);
+    }
+    PyBuffer_Release(jpeg);
+    PyBuffer_Release(out);
+    if (!fits) return PyErr_Format(PyExc_ValueError, "no room for the pixels");
+    return scratch ? PyLong_FromLong(status) : PyErr_NoMemory();
 }
 
 static PyObject *py_crop(PyObject *self, PyObject *args) {
@@ -85,48 +130,22 @@ static PyObject *py_crop(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "y*(iiii)pKiiw*", &jpeg, &box.top, &box.left, &box.height, &box.width, &target.mirrored,
                           &max_pixels, &target.height, &target.width, &out))
         return NULL;
-    enum status status = DECODED;
-    int fits = has_room(&out, 1, &target);
     target.max_pixels = max_pixels;
-    if (fits) {
-        Py_BEGIN_ALLOW_THREADS;
-        struct scratch scratch;
-        memset(&scratch, 0, sizeof scratch);
-        struct header header;
-        status = read_header(jpeg.buf, (size_t)jpeg.len, &header);
-        if (status == DECODED)
-            status = decode_crop(jpeg.buf, (size_t)jpeg.len, &header, &box, &target, &scratch, out.buf);
-        free_scratch(&scratch);
-        Py_END_ALLOW_THREADS;
-    }
-    PyBuffer_Release(&jpeg);
-    PyBuffer_Release(&out);
-    return fits ? PyLong_FromLong(status) : PyErr_Format(PyExc_ValueError, "no room for the pixels");
+    return crop_one(&jpeg, &box, NULL, &target, &out);
 }
 
 static PyObject *py_random_crop(PyObject *self, PyObject *args) {
     (void)self;
     Py_buffer jpeg, out;
+    struct draws draws;
     struct target target;
-    unsigned long long key, max_pixels;
-    double smallest, flip;
-    memset(&target, 0, sizeof target);
-    if (!PyArg_ParseTuple(args, "y*KddKiiw*", &jpeg, &key, &smallest, &flip, &max_pixels, &target.height, &target.width, &out))
+    unsigned long long max_pixels;
+    if (!PyArg_ParseTuple(args, "y*KddKiiw*", &jpeg, &draws.key, &draws.smallest, &draws.flip, &max_pixels, &target.height,
+                          &target.width, &out))
         return NULL;
-    enum status status = DECODED;
-    int fits = has_room(&out, 1, &target);
+    target.mirrored = 0;
     target.max_pixels = max_pixels;
-    if (fits) {
-        Py_BEGIN_ALLOW_THREADS;
-        struct scratch scratch;
-        memset(&scratch, 0, sizeof scratch);
-        status = crop_at_random(jpeg.buf, (size_t)jpeg.len, key, smallest, flip, &target, &scratch, out.buf);
-        free_scratch(&scratch);
-        Py_END_ALLOW_THREADS;
-    }
-    PyBuffer_Release(&jpeg);
-    PyBuffer_Release(&out);
-    return fits ? PyLong_FromLong(status) : PyErr_Format(PyExc_ValueError, "no room for the pixels");
+    return crop_one(&jpeg, NULL, &draws, &target, &out);
 }
 
 /* Where an encoded image lies, what its crop is drawn by, and where the pixels go: `pipeline.data.native.SAMPLE`. */
@@ -152,22 +171,17 @@ static int rows_fit(const struct batch *batch, Py_ssize_t number) {
     return has_room(&batch->out, num_rows, &batch->target);
 }
 
-static void read_batch(struct batch *batch, Py_ssize_t number) {
-    struct scratch scratch;
-    struct buffer encoded = {NULL, 0};
-    memset(&scratch, 0, sizeof scratch);
+static void read_batch(struct batch *batch, Py_ssize_t number, struct scratch *scratch) {
     size_t each = 3 * (size_t)batch->target.height * (size_t)batch->target.width;
     for (Py_ssize_t i = 0; i < number; i++) {
         const struct sample *sample = (const struct sample *)batch->samples.buf + i;
         size_t size = (size_t)sample->size;
-        uint8_t *bytes = room(&encoded, size + 1), *out = (uint8_t *)batch->out.buf + each * (size_t)sample->row;
+        uint8_t *bytes = room(&scratch->encoded, size + 1), *out = (uint8_t *)batch->out.buf + each * (size_t)sample->row;
         enum status status = bytes ? read_whole(sample->file, bytes, size, sample->offset) : NO_MEMORY;
         if (status == DECODED)
-            status = crop_at_random(bytes, size, sample->key, batch->smallest, batch->flip, &batch->target, &scratch, out);
+            status = crop_at_random(bytes, size, sample->key, batch->smallest, batch->flip, &batch->target, scratch, out);
         ((int32_t *)batch->statuses.buf)[i] = (int32_t)status;
     }
-    free(encoded.bytes);
-    free_scratch(&scratch);
 }
 
 static PyObject *py_read_crops(PyObject *self, PyObject *args) {
@@ -182,14 +196,17 @@ static PyObject *py_read_crops(PyObject *self, PyObject *args) {
     Py_ssize_t number = batch.samples.len / (Py_ssize_t)sizeof(struct sample);
     int fits = batch.samples.len == (Py_ssize_t)sizeof(struct sample) * number &&
                batch.statuses.len == (Py_ssize_t)sizeof(int32_t) * number && rows_fit(&batch, number);
-    if (fits) {
+    struct scratch *scratch = fits ? borrow_scratch() : NULL;
+    if (scratch) {
         Py_BEGIN_ALLOW_THREADS;
-        read_batch(&batch, number);
+        read_batch(&batch, number, scratch);
         Py_END_ALLOW_THREADS;
+        return_scratch(scratch);
     }
     Py_buffer *all[] = {&batch.samples, &batch.out, &batch.statuses};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) PyBuffer_Release(all[i]);
     if (!fits) return PyErr_Format(PyExc_ValueError, "the buffers of %zd samples do not fit together", number);
+    if (!scratch) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
@@ -229,6 +246,20 @@ static PyObject *py_use_avx2(PyObject *self, PyObject *args) {
     return PyBool_FromLong(uses_avx2());
 }
 
+static PyObject *py_uses_avx2(PyObject *self, PyObject *args) {
+    (void)self;
+    (void)args;
+    return PyBool_FromLong(uses_avx2());
+}
+
+static PyObject *py_read_codes_by(PyObject *self, PyObject *args) {
+    (void)self;
+    int readers;
+    if (!PyArg_ParseTuple(args, "i", &readers)) return NULL;
+    read_codes_by((enum readers)readers);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"crop", py_crop, METH_VARARGS, "crop(jpeg, box, mirrored, max_pixels, height, width, out) -> status"},
     {"random_crop", py_random_crop, METH_VARARGS,
@@ -237,7 +268,9 @@ static PyMethodDef methods[] = {
      "read_crops(samples, smallest, flip, max_pixels, height, width, out, statuses)"},
     {"random_box", py_random_box, METH_VARARGS, "random_box(key, height, width, smallest) -> (top, left, height, width)"},
     {"with_restarts", py_with_restarts, METH_VARARGS, "with_restarts(jpeg, interval, max_pixels) -> jpeg"},
+    {"read_codes_by", py_read_codes_by, METH_VARARGS, "read_codes_by(0: both, 1: only we, 2: only libjpeg)"},
     {"use_avx2", py_use_avx2, METH_VARARGS, "use_avx2(wanted) -> whether it is used"},
+    {"uses_avx2", py_uses_avx2, METH_NOARGS, "uses_avx2() -> whether it is used"},
     {NULL, NULL, 0, NULL},
 };
 

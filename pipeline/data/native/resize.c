@@ -22,12 +22,13 @@ struct taps {
     int width;
 };
 
-typedef void horizontal_pass(const uint8_t *row, const struct taps *taps, int length, int mirrored, uint8_t *out);
+typedef void horizontal_pass(const uint8_t *const rows[2], const struct taps *taps, int length, int mirrored,
+                             uint8_t *const out[2]);
 typedef void vertical_pass(const uint8_t *rows, size_t stride, const int16_t *weights, int count, size_t length, uint8_t *out);
 
 /* ---- portable ---- */
 
-static void horizontal_portable(const uint8_t *row, const struct taps *taps, int length, int mirrored, uint8_t *out) {
+static void one_row(const uint8_t *row, const struct taps *taps, int length, int mirrored, uint8_t *out) {
     for (int i = 0; i < length; i++) {
         const uint8_t *pixel = row + 3 * (size_t)taps->first[i];
         const int16_t *weights = taps->weights + (size_t)i * taps->width;
@@ -42,6 +43,12 @@ static void horizontal_portable(const uint8_t *row, const struct taps *taps, int
         to[1] = (uint8_t)(green >> BITS);
         to[2] = (uint8_t)(blue >> BITS);
     }
+}
+
+static void horizontal_portable(const uint8_t *const rows[2], const struct taps *taps, int length, int mirrored,
+                                uint8_t *const out[2]) {
+    one_row(rows[0], taps, length, mirrored, out[0]);
+    if (rows[1] != rows[0]) one_row(rows[1], taps, length, mirrored, out[1]);
 }
 
 static void vertical_portable(const uint8_t *rows, size_t stride, const int16_t *weights, int count, size_t length,
@@ -63,46 +70,48 @@ static void vertical_portable(const uint8_t *rows, size_t stride, const int16_t 
 
 #ifdef HAS_AVX2
 
-__attribute__((target("avx2"))) static inline __m256i two_pairs(const uint8_t *left, const uint8_t *right) {
-    /* Two neighbouring pixels of each side as 16-bit pairs: R0 R1 G0 G1 B0 B1. Reads 8 bytes where 6 are used. */
+/* Two neighbouring pixels of each of two rows as 16-bit pairs: R0 R1 G0 G1 B0 B1. Reads 8 bytes where 6 are used. */
+__attribute__((target("avx2"))) static inline __m256i pairs_of(const uint8_t *upper, const uint8_t *lower) {
     const __m256i pairs = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1, 0, -1, 3, -1, 1, -1, 4, -1,
                                            2, -1, 5, -1, -1, -1, -1, -1);
-    __m128i low = _mm_loadl_epi64((const __m128i *)left), high = _mm_loadl_epi64((const __m128i *)right);
+    __m128i low = _mm_loadl_epi64((const __m128i *)upper), high = _mm_loadl_epi64((const __m128i *)lower);
     return _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), pairs);
 }
 
-__attribute__((target("avx2"))) static inline __m256i two_weights(const int16_t *left, const int16_t *right) {
-    int32_t low, high;
-    memcpy(&low, left, 4);
-    memcpy(&high, right, 4);
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi32(low)), _mm_set1_epi32(high), 1);
+/* One pixel of the result in each of two rows, 3 bytes in either half: the rows share their weights. */
+__attribute__((target("avx2"))) static inline __m256i pixel_of(const uint8_t *upper, const uint8_t *lower, const struct taps *taps,
+                                                               int i) {
+    const int16_t *weights = taps->weights + (size_t)i * taps->width;
+    const uint8_t *from[2] = {upper + 3 * (size_t)taps->first[i], lower + 3 * (size_t)taps->first[i]};
+    __m256i sums = _mm256_set1_epi32(ONE / 2);
+    for (int j = 0; j < taps->count[i]; j += 2) {
+        int32_t pair;
+        memcpy(&pair, weights + j, 4);
+        __m256i pixels = pairs_of(from[0] + 3 * (size_t)j, from[1] + 3 * (size_t)j);
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pixels, _mm256_set1_epi32(pair)));
+    }
+    sums = _mm256_packs_epi32(_mm256_srai_epi32(sums, BITS), _mm256_setzero_si256());
+    return _mm256_packus_epi16(sums, sums);
 }
 
-__attribute__((target("avx2"))) static void horizontal_avx2(const uint8_t *row, const struct taps *taps, int length,
-                                                            int mirrored, uint8_t *out) {
-    for (int i = 0; i < length; i += 2) {
-        int next = i + 1 < length ? i + 1 : i; /* an odd length: the last pixel twice */
-        const uint8_t *left = row + 3 * (size_t)taps->first[i], *right = row + 3 * (size_t)taps->first[next];
-        const int16_t *left_weights = taps->weights + (size_t)i * taps->width;
-        const int16_t *right_weights = taps->weights + (size_t)next * taps->width;
-        int left_count = taps->count[i], right_count = taps->count[next];
-        int both = left_count < right_count ? left_count : right_count, j = 0;
-        __m256i sums = _mm256_set1_epi32(ONE / 2);
-        for (; j < both; j += 2)
-            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(two_pairs(left + 3 * (size_t)j, right + 3 * (size_t)j),
-                                                            two_weights(left_weights + j, right_weights + j)));
-        /* Where one side has more taps than the other, the shorter reads its own first pixels again with weights of 0. */
-        for (; j < left_count || j < right_count; j += 2) {
-            int at_left = j < left_count ? j : 0, at_right = j < right_count ? j : 0;
-            __m256i pixels = two_pairs(left + 3 * (size_t)at_left, right + 3 * (size_t)at_right);
-            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pixels, two_weights(left_weights + j, right_weights + j)));
+__attribute__((target("avx2"))) static void horizontal_avx2(const uint8_t *const rows[2], const struct taps *taps, int length,
+                                                            int mirrored, uint8_t *const out[2]) {
+    int i = 0;
+    for (; i + 2 <= length; i += 2) {
+        __m256i one = pixel_of(rows[0], rows[1], taps, i), other = pixel_of(rows[0], rows[1], taps, i + 1);
+        size_t at = 3 * (size_t)(mirrored ? length - 2 - i : i);
+        for (int row = 0; row < 2; row++) {
+            uint64_t first = (uint32_t)(row ? _mm256_extract_epi32(one, 4) : _mm256_extract_epi32(one, 0));
+            uint64_t second = (uint32_t)(row ? _mm256_extract_epi32(other, 4) : _mm256_extract_epi32(other, 0));
+            uint64_t both = mirrored ? second | first << 24 : first | second << 24;
+            memcpy(out[row] + at, &both, 6);
         }
-        sums = _mm256_packs_epi32(_mm256_srai_epi32(sums, BITS), _mm256_setzero_si256());
-        sums = _mm256_packus_epi16(sums, sums);
-        uint32_t first = (uint32_t)_mm256_extract_epi32(sums, 0), second = (uint32_t)_mm256_extract_epi32(sums, 4);
-        memcpy(out + 3 * (size_t)(mirrored ? length - 1 - i : i), &first, 3);
-        memcpy(out + 3 * (size_t)(mirrored ? length - 1 - next : next), &second, 3);
     }
+    if (i == length) return;
+    __m256i last = pixel_of(rows[0], rows[1], taps, i);
+    uint32_t upper = (uint32_t)_mm256_extract_epi32(last, 0), lower = (uint32_t)_mm256_extract_epi32(last, 4);
+    memcpy(out[0] + 3 * (size_t)(mirrored ? 0 : i), &upper, 3);
+    memcpy(out[1] + 3 * (size_t)(mirrored ? 0 : i), &lower, 3);
 }
 
 __attribute__((target("avx2"))) static void vertical_avx2(const uint8_t *rows, size_t stride, const int16_t *weights, int count,
@@ -237,21 +246,33 @@ enum status resize(const struct window *window, int height, int width, int mirro
     for (int i = 0; i < width; i++) across->first[i] -= first_column;
     /* The pass that leaves less goes first. */
     int vertical_first = num_rows > height;
-    size_t between = 3 * (size_t)num_columns;
-    uint8_t *passed = room(&scratch->resized, (vertical_first ? between : line * (size_t)num_rows) + SLACK);
+    size_t between = 3 * (size_t)num_columns + SLACK;
+    uint8_t *passed = room(&scratch->resized, (vertical_first ? 2 * between : line * (size_t)num_rows) + SLACK);
     if (!passed) return NO_MEMORY;
     if (!vertical_first)
-        for (int row = 0; row < num_rows; row++)
-            horizontal(from + (size_t)row * stride, across, width, mirrored, passed + (size_t)row * line);
-    for (int i = 0; i < height; i++) {
-        const int16_t *weights = down->weights + (size_t)i * (size_t)down->width;
-        uint8_t *to = out + line * (size_t)(upside_down ? height - 1 - i : i);
-        if (vertical_first) {
-            vertical(from + (size_t)down->first[i] * stride, stride, weights, down->count[i], between, passed);
-            horizontal(passed, across, width, mirrored, to);
-        } else {
-            vertical(passed + (size_t)down->first[i] * line, line, weights, down->count[i], line, to);
+        for (int row = 0; row < num_rows; row += 2) {
+            int next = row + 1 < num_rows ? row + 1 : row; /* an odd number: the last row twice */
+            const uint8_t *const rows[] = {from + (size_t)row * stride, from + (size_t)next * stride};
+            uint8_t *const to[] = {passed + (size_t)row * line, passed + (size_t)next * line};
+            horizontal(rows, across, width, mirrored, to);
         }
+    for (int i = 0; i < height; i += 2) {
+        int last = i + 1 < height;
+        const uint8_t *rows[] = {passed, passed};
+        uint8_t *to[2];
+        for (int k = 0; k <= last; k++) {
+            const int16_t *weights = down->weights + (size_t)(i + k) * (size_t)down->width;
+            size_t first = (size_t)down->first[i + k];
+            to[k] = out + line * (size_t)(upside_down ? height - 1 - i - k : i + k);
+            if (vertical_first) {
+                rows[k] = passed + (size_t)k * between;
+                vertical(from + first * stride, stride, weights, down->count[i + k], between - SLACK, passed + (size_t)k * between);
+            } else {
+                vertical(passed + first * line, line, weights, down->count[i + k], line, to[k]);
+            }
+        }
+        if (!last) to[1] = to[0];
+        if (vertical_first) horizontal(rows, across, width, mirrored, to);
     }
     return DECODED;
 }

@@ -84,17 +84,6 @@ static void copy_segments(struct jpeg_decompress_struct *from, struct jpeg_compr
     }
 }
 
-/* The largest number of MCUs up to `interval` that divides a row of them: every row then has its markers at the same columns,
-   without which a decoder could not cut a rectangle out. */
-static unsigned dividing(const struct jpeg_decompress_struct *from, unsigned interval) {
-    unsigned mcu_width = DCTSIZE * (unsigned)from->max_h_samp_factor;
-    unsigned across = (from->image_width + mcu_width - 1) / mcu_width;
-    if (from->num_components == 1) across = from->comp_info->width_in_blocks; /* one component is never interleaved */
-    if (!interval || interval > across) interval = across;
-    while (across % interval) interval--;
-    return interval;
-}
-
 static int is_same_component(struct transcoder *transcoder, int number, jvirt_barray_ptr given, jvirt_barray_ptr written) {
     struct jpeg_decompress_struct *from = &transcoder->from, *again = &transcoder->again;
     jpeg_component_info *one = from->comp_info + number, *other = again->comp_info + number;
@@ -139,7 +128,7 @@ static void transcode(struct transcoder *transcoder, const uint8_t *jpeg, size_t
     jvirt_barray_ptr *coefficients = jpeg_read_coefficients(from);
     if (!has_all_scans(from)) give_up(transcoder, "some of its progressive scans are missing");
     jpeg_copy_critical_parameters(from, to);
-    to->restart_interval = dividing(from, interval);
+    to->restart_interval = interval;
     to->restart_in_rows = 0;
     to->optimize_coding = TRUE; /* its own Huffman tables win back what the markers cost */
     to->dest = &transcoder->destination;

@@ -1,8 +1,11 @@
 """The decoder in C against Pillow, on JPEGs that decoders trip over."""
 
+import contextlib
+import itertools
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -13,6 +16,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageOps
 
+from pipeline.bench.measure import resident_bytes
 from pipeline.data.native import DECODED, SAMPLE, STATUSES, with_restarts
 from pipeline.errors import DataError
 from pipeline.preprocess import open_image
@@ -26,6 +30,15 @@ MOST = 100_000_000
 DECODABLE = dict(jpegs.decodable())
 REFUSED = {name: (encoded, status) for name, encoded, status in jpegs.refused()}
 WHITE = (255, 255, 255)
+CUT = [
+    "4:2:0",
+    "4:4:4 progressive",
+    "restart every 1 of 4:2:0",
+    "restart every 3 of 4:4:4",
+    "CMYK",
+    "grey",
+    "one scan a component",
+]
 
 
 def crop(encoded: bytes, box: Box, size: tuple[int, int], is_mirrored: bool = False, most: int = MOST) -> tuple[str, Pixels]:
@@ -94,6 +107,112 @@ def test_avx2_and_portable_c_give_the_same_pixels(name: str) -> None:
                 _jpeg.use_avx2(True)
 
 
+BOTH, ONLY_WE, ONLY_LIBJPEG = range(3)
+
+
+@contextlib.contextmanager
+def codes_read_by(readers: int) -> Iterator[None]:
+    """Who reads Huffman codes."""
+    _jpeg.read_codes_by(readers)
+    try:
+        yield
+    finally:
+        _jpeg.read_codes_by(BOTH)
+
+
+@pytest.mark.parametrize("name", DECODABLE)
+def test_our_reader_of_huffman_codes_needs_no_help_and_finds_what_libjpeg_finds(name: str) -> None:
+    encoded = DECODABLE[name]
+    for box in boxes_of(*upright_size(encoded)):
+        for size in [(max(1, box[2] // part), max(1, box[3] // part)) for part in (1, 2, 5, 9)]:
+            with codes_read_by(ONLY_LIBJPEG):
+                status, expected = crop(encoded, box, size)
+                assert status == "decoded"
+            with codes_read_by(ONLY_WE):
+                status, pixels = crop(encoded, box, size)
+            if any(word in name for word in ("progressive", "one scan a component", "trailing garbage", "trailing half")):
+                assert status == "not supported"  # by us
+                continue
+            assert status == "decoded", (box, size)
+            np.testing.assert_array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("quality", [1, 30, 75, 95, 100])
+@pytest.mark.parametrize("is_optimized", [False, True])
+@pytest.mark.parametrize("interval", [0, 1, 7])
+def test_coefficients_of_all_sizes_are_read_as_libjpeg_reads_them(quality: int, is_optimized: bool, interval: int) -> None:
+    rng = np.random.default_rng(quality)
+    extremes = Image.fromarray(rng.choice([0, 255], (120, 152, 3)).astype(np.uint8))
+    for image in (all_frequencies(120, 152), extremes, jpegs.photo(120, 152)):
+        encoded = jpegs.save(image, quality=quality, optimize=is_optimized, restart_marker_blocks=interval)
+        for box in [(0, 0, 120, 152), (50, 61, 33, 40), (100, 3, 20, 149)]:
+            with codes_read_by(ONLY_LIBJPEG):
+                expected = crop(encoded, box, box[2:])[1]
+            with codes_read_by(ONLY_WE):
+                status, pixels = crop(encoded, box, box[2:])
+            assert status == "decoded"
+            np.testing.assert_array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("width", [256, 264])  # an interval lies in one row of 32, or goes on in the next of 33
+def test_what_lies_between_restart_markers_beside_a_crop_is_not_looked_at(width: int) -> None:
+    whole = jpegs.save(all_frequencies(96, width), quality=90, subsampling=0, restart_marker_blocks=4)
+    across, box = width // 8, (40, 80, 16, 60)
+    top, left, tall, wide = box
+    expected = crop(whole, box, (8, 9))[1]
+    bounds = [match.start() for match in re.finditer(rb"\xff[\xd0-\xd7\xd9]", whole)]
+    num_passed = num_broken = 0
+    for number, (begin, end) in enumerate(itertools.pairwise(bounds), start=1):
+        spoilt = whole[: begin + 2] + b"\x55" * (end - begin - 2) + whole[end:]
+        blocks = [divmod(block, across) for block in range(4 * number, 4 * number + 4)]
+        touches = any(
+            top <= 8 * row + 7 and 8 * row < top + tall and left <= 8 * x + 7 and 8 * x < left + wide for row, x in blocks
+        )
+        is_far = all(abs(8 * row - top) > 40 or 8 * x + 16 < left or 8 * x - 8 > left + wide for row, x in blocks)
+        status, pixels = crop(spoilt, box, (8, 9))
+        assert not (touches and status == "decoded" and np.array_equal(pixels, expected)), number
+        assert not is_far or (status == "decoded" and np.array_equal(pixels, expected)), number
+        num_passed += is_far
+        with codes_read_by(ONLY_LIBJPEG):  # which reads all above a crop
+            num_broken += blocks[-1][0] < 3 and crop(spoilt, box, (8, 9))[0] == "broken"
+    assert num_passed > len(bounds) / 2
+    assert num_broken > 3 * across / 4 / 2
+
+
+@pytest.mark.parametrize("interval", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_lost", [512, 4096])
+def test_where_restart_markers_are_lost_no_other_place_is_taken_for_the_crop(interval: int, num_lost: int) -> None:
+    whole = jpegs.save(all_frequencies(512, 512), quality=85, restart_marker_blocks=interval)
+    box = (256, 128, 128, 256)
+    expected = crop(whole, box, (64, 128))[1]
+    start, end = whole.rindex(b"\xff\xda") + 14, len(whole) // 4
+    rng = np.random.default_rng(interval)
+    for place in rng.integers(start, end - num_lost, 100).tolist():
+        status, pixels = crop(whole[:place] + bytes(num_lost) + whole[place + num_lost :], box, (64, 128))
+        assert status == "broken" or np.array_equal(pixels, expected), place
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_whatever_byte_of_the_data_is_another_both_readers_say_the_same(name: str) -> None:
+    whole = DECODABLE[name]
+    rng = np.random.default_rng(0)
+    start = whole.rindex(b"\xff\xda") + 14
+    height, width = upright_size(whole)
+    num_read = 0
+    for _ in range(300):
+        encoded = bytearray(whole)
+        encoded[int(rng.integers(start, len(whole) - 2))] = int(rng.choice([0, 255, int(rng.integers(256))]))
+        for box in [(0, 0, height, width), (height // 2, width // 3, height // 3, width // 2)]:
+            with codes_read_by(ONLY_LIBJPEG):
+                expected = crop(bytes(encoded), box, (9, 7))
+            status, pixels = crop(bytes(encoded), box, (9, 7))
+            assert status == expected[0] or (b"\xff\xdd" in whole and status == "decoded")
+            if expected[0] == "decoded":
+                np.testing.assert_array_equal(pixels, expected[1])
+            num_read += status == "decoded"
+    assert 0 < num_read < 600
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_it_does_not_decode_has_a_named_status(name: str) -> None:
     encoded, expected = REFUSED[name]
@@ -136,17 +255,6 @@ def test_a_crop_that_becomes_half_as_large_or_smaller_looks_alike_and_lies_in_it
         assert abs(pixels.mean() - expected.mean()) < 0.5
         shifted = [np.abs(pixels - np.roll(expected, by, axis)).mean() for axis in (0, 1) for by in (-1, 1)]
         assert difference < 0.6 * min(shifted)  # a whole pixel beside it, every other place is far worse
-
-
-CUT = [
-    "4:2:0",
-    "4:4:4 progressive",
-    "restart every 1 of 4:2:0",
-    "restart every 3 of 4:4:4",
-    "CMYK",
-    "grey",
-    "one scan a component",
-]
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -246,6 +354,13 @@ def test_no_room_for_the_pixels_is_an_error(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="no room"):
         _jpeg.random_crop(DECODABLE["4:2:0"], 1, 0.08, 0.5, MOST, *size, out)
     assert not out.any()
+
+
+def test_what_a_huge_image_needed_is_given_back() -> None:
+    encoded = jpegs.save(Image.new("RGB", (6000, 5000)))
+    before = resident_bytes()
+    assert crop(encoded, (0, 0, 5000, 6000), (4000, 5000))[0] == "decoded"  # 90 MB of pixels, and as many between
+    assert resident_bytes() - before < 20e6
 
 
 def test_pixels_go_only_into_whole_writable_memory() -> None:
