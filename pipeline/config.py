@@ -62,8 +62,7 @@ class DatasetConfig:
     max_side: int | None = setting(None, "shrink larger images to this many pixels on their longest side")
     restart: int | None = setting(
         None,
-        "rewrite JPEGs without loss, with a restart marker every so many blocks (MCUs), or the largest smaller number that "
-        "divides a row of them: random crops decode faster",
+        "rewrite JPEGs without loss, with a restart marker every so many blocks (MCUs): random crops decode faster",
     )
     background: list[int] = setting([255, 255, 255], "RGB colour below transparent pixels, in shards and in serving")
     max_rejected: float = setting(0.01, "largest share of images that may be left out because they cannot be decoded")
@@ -118,7 +117,7 @@ class DataConfig:
     decoder: Literal["native", "torchvision"] | None = setting(
         None, "what makes pixels of training's JPEGs; null: native where it is built", identity=False
     )
-    num_workers: int = setting(0, "loader processes of each rank; threads, where all of it is native", identity=False)
+    num_workers: int = setting(0, "loader processes of each rank, or threads, where crops are native", identity=False)
     start_method: Literal["fork", "forkserver", "spawn"] = setting("forkserver", "how loader processes start", identity=False)
     pin_memory: bool | None = setting(None, "page-locked batches; null: where a GPU is used", identity=False)
     persistent_workers: bool = setting(True, "keep loader processes between epochs", identity=False)
@@ -227,7 +226,7 @@ class TrainerConfig:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = setting("32-true", "Lightning's precision")
     deterministic: bool = setting(True, "bit-identical results, also on a GPU")
     channels_last: bool = setting(False, "weights and images with their channels together in memory: faster on most GPUs")
-    compile: bool = setting(False, "torch.compile the network; needs a C++ compiler, or on a GPU Triton")
+    compile: bool = setting(False, "torch.compile the network if it wins; needs a C++ compiler, on a GPU Triton")
     sync_batchnorm: bool = setting(False, "normalise over the batches of all GPUs, not of each alone")
     gradient_clip_norm: float | None = setting(None, "clip the global gradient norm at this value")
     ema_decay: float | None = setting(None, "evaluate and export a moving average of the weights with this decay, e.g. 0.999")

@@ -1,15 +1,15 @@
-"""Random changes of training images, each a pure function of a key, which is that of (seed, epoch, sample).
+"""Random crops and mirror images, made as an image is decoded: pure functions of a key, which is that of (seed, epoch, sample).
 
-Crop and flip come from numbers of our own, so that the decoder in C can draw the same ones. torchvision's transforms draw from
-torch's default generator; seeding that for each sample is what makes a resumed run see the very tensors of the undisturbed one.
-MixUp and CutMix need the batch and so lie in `pipeline.data.mixing`.
+They come from numbers of our own, so that the decoder in C can draw the same ones, and a resumed run sees the very pixels of
+the undisturbed one. What keeps an image's size is done to whole batches by `pipeline.data.pixel_changes`, and what mixes two
+by `pipeline.data.mixing`, both on the training device.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.config import AugmentConfig
@@ -20,27 +20,21 @@ from pipeline.preprocess import PreprocessSpec, decode_image
 # The customary range of the width-to-height ratio of a random crop (Szegedy et al., "Going deeper with convolutions", 2014).
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
-MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image: a random crop of the original, then changes of the pixels that keep the size."""
+    """How a training image is decoded: a random crop of the original, perhaps mirrored."""
 
     size: tuple[int, int]  # (H, W)
     crop_scale: float  # smallest share of the area; 1 for the crop of an evaluation
-    change: Callable[[torch.Tensor], torch.Tensor] | None
     flip: float = 0.0  # probability of a mirror image
     crops: CropReader | None = None  # the native decoder, which makes crop and flip in one
 
     def image(self, encoded: bytes, spec: PreprocessSpec, key: int) -> torch.Tensor:
-        """Decode and change as `key` draws: uint8 (3, H, W). Raises DataError."""
+        """Decode as `key` draws: uint8 (3, H, W). Raises DataError."""
         native = self.crops.decode(encoded, key) if self.crops is not None else None
-        pixels = self.decoded(encoded, spec, key) if native is None else torch.from_numpy(native).permute(2, 0, 1)
-        if self.change is None:
-            return pixels
-        with seeded(key):
-            return self.change(pixels)
+        return self.decoded(encoded, spec, key) if native is None else torch.from_numpy(native).permute(2, 0, 1)
 
     def decoded(self, encoded: bytes, spec: PreprocessSpec, key: int) -> torch.Tensor:
         """Crop and flip by the general decoder: uint8 (3, H, W). Raises DataError."""
@@ -49,7 +43,7 @@ class Augmentation:
             pixels = decode_crop(image, random_box(key, image.height, image.width, self.crop_scale), self.size)
         else:
             pixels = plain_image(encoded, spec)
-        return pixels.flip(-1) if draw(key, 0) < self.flip else pixels
+        return pixels.flip(-1) if draw(key, 0, 1)[0] < self.flip else pixels
 
 
 def plain_image(encoded: bytes, spec: PreprocessSpec) -> torch.Tensor:
@@ -58,41 +52,13 @@ def plain_image(encoded: bytes, spec: PreprocessSpec) -> torch.Tensor:
 
 
 def build_augmentation(config: AugmentConfig, spec: PreprocessSpec, is_native: bool = False) -> Augmentation | None:
-    """Return what `config` asks for, or None when all that happens to single images is off."""
+    """Return the crop and flip that `config` asks for, or None where images are decoded as for an evaluation."""
     assert spec.fixed_size is not None
-    changes = _changes(config, spec)
-    if config.crop_scale == 1 and not config.horizontal_flip and not changes:
+    if config.crop_scale == 1 and not config.horizontal_flip:
         return None
-    change = torch.nn.Sequential(*changes) if changes else None
-    crops = (
-        CropReader(config.crop_scale, config.horizontal_flip, spec.fixed_size) if is_native and config.crop_scale < 1 else None
-    )
-    return Augmentation(spec.fixed_size, config.crop_scale, change, config.horizontal_flip, crops)
-
-
-def _changes(config: AugmentConfig, spec: PreprocessSpec) -> list[torch.nn.Module]:
-    from torchvision.transforms import InterpolationMode, v2
-
-    changes: list[torch.nn.Module] = []
-    fill = neutral_colour(spec)
-    if config.rotate_degrees or config.translate or config.scale:
-        changes.append(
-            v2.RandomAffine(
-                degrees=config.rotate_degrees,
-                translate=(config.translate, config.translate),
-                scale=(1 - config.scale, 1 + config.scale),
-                interpolation=InterpolationMode.BILINEAR,
-            )
-        )
-    if config.policy == "randaugment":
-        changes.append(v2.RandAugment(interpolation=InterpolationMode.BILINEAR, fill=fill))
-    elif config.policy == "trivialaugment":
-        changes.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=fill))
-    if config.brightness or config.contrast or config.saturation or config.hue:
-        changes.append(v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue))
-    if config.erase:
-        changes.append(v2.RandomErasing(config.erase, value=fill))
-    return changes
+    uses_native = is_native and config.crop_scale < 1
+    crops = CropReader(config.crop_scale, config.horizontal_flip, spec.fixed_size) if uses_native else None
+    return Augmentation(spec.fixed_size, config.crop_scale, config.horizontal_flip, crops)
 
 
 def neutral_colour(spec: PreprocessSpec) -> list[int]:
@@ -100,12 +66,23 @@ def neutral_colour(spec: PreprocessSpec) -> list[int]:
     return [round(255 * mean) for mean in spec.mean]
 
 
-def draw(key: int, place: int) -> float:
-    """Number `place`, in [0, 1), of the stream that `key` begins: splitmix64 (Steele et al., 2014). Number 0 is the flip's."""
-    value = (key + (place + 1) * 0x9E3779B97F4A7C15) & MASK
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & MASK
-    return float((value ^ value >> 31) >> 11) * 2.0**-53
+def draws(keys: npt.NDArray[np.uint64], first: int, number: int) -> npt.NDArray[np.float64]:
+    """Numbers from `first` on, in [0, 1), of the stream of each key (n,): (number, n).
+
+    The stream is splitmix64's (Steele et al., 2014); its number 0 is the flip's.
+    """
+    places = np.arange(first + 1, first + 1 + number, dtype=np.uint64)[:, None]
+    value = keys + places * np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    numbers: npt.NDArray[np.float64] = np.ldexp(((value ^ value >> np.uint64(31)) >> np.uint64(11)).astype(np.float64), -53)
+    return numbers
+
+
+def draw(key: int, first: int, number: int) -> list[float]:
+    """The same of one key."""
+    numbers: list[float] = draws(np.array([key], np.uint64), first, number)[:, 0].tolist()
+    return numbers
 
 
 def random_box(key: int, height: int, width: int, smallest: float) -> Box:
@@ -115,7 +92,7 @@ def random_box(key: int, height: int, width: int, smallest: float) -> Box:
     """
     low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
     for attempt in range(CROP_ATTEMPTS):
-        of_area, of_ratio, of_top, of_left = (draw(key, 4 * attempt + place) for place in range(1, 5))
+        of_area, of_ratio, of_top, of_left = draw(key, 4 * attempt + 1, 4)
         area = height * width * (smallest + of_area * (1 - smallest))
         ratio = math.exp(low + of_ratio * (high - low))
         box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -125,16 +102,3 @@ def random_box(key: int, height: int, width: int, smallest: float) -> Box:
     ratio = min(max(width / height, ASPECT_RATIOS[0]), ASPECT_RATIOS[1])
     box_width, box_height = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
-
-
-@contextlib.contextmanager
-def seeded(key: int) -> Iterator[None]:
-    """Let torch's default generator be a function of `key` for a block."""
-    generator = torch.default_generator
-    # With num_workers=0 the model's own random state lives in the same generator.
-    state = generator.get_state()
-    generator.manual_seed(key)
-    try:
-        yield
-    finally:
-        generator.set_state(state)

@@ -38,6 +38,8 @@ class ResumableLoader(DataLoader[Batch]):
     ) -> None:
         super().__init__(dataset, **options)
         self.timeout_seconds, self.num_threads, self.num_ahead = timeout_seconds, num_threads, num_ahead
+        assert dataset.spec.fixed_size is not None
+        self.ring = Ring(dataset.spec.fixed_size, self.pin_memory)
 
     @property
     def batches(self) -> GlobalBatchSampler:
@@ -62,14 +64,12 @@ class ResumableLoader(DataLoader[Batch]):
                     prefetcher.stop()
 
     def _batches_of_threads(self) -> Iterator[Batch]:
-        dataset = cast(ShardDataset, self.dataset)
-        assert dataset.spec.fixed_size is not None
-        ring, own = Ring(dataset.spec.fixed_size, self.pin_memory), threading.local()
+        dataset, own = cast(ShardDataset, self.dataset), threading.local()
 
         def make(refs: list[SampleRef]) -> Batch:
             if not hasattr(own, "dataset"):
                 own.dataset = dataset.with_own_files()
-            batch: Batch = own.dataset.__getitems__(refs, ring.take(len(refs)))
+            batch: Batch = own.dataset.__getitems__(refs, self.ring.take(len(refs)))
             return batch
 
         return in_threads(make, iter(self.batches), self.num_threads, self.num_ahead)

@@ -44,6 +44,7 @@ class Batch(TypedDict):
     label: torch.Tensor  # int64 (n,); of several labels an image uint8 (n, K)
     weight: torch.Tensor  # float32 (n,), 0 for padding and for samples that cannot be decoded
     index: torch.Tensor  # int64 (n,), -1 where shards are streamed
+    seed: npt.NDArray[np.uint64]  # (n,), from which the random changes of each image are drawn
     bad: list[BadSample]
 
 
@@ -161,19 +162,21 @@ class ShardDataset(Dataset[Any]):
 
     def image(self, index: int, epoch: int = 0) -> torch.Tensor:
         """The decoded, in training augmented, image of a sample: uint8 (3, H, W). Raises DataError."""
-        return self._pixels(self.encoded(index), index, epoch)
+        return self._pixels(self.encoded(index), mix(self.seed, epoch, index))
 
-    def _read_crops(self, refs: list[SampleRef], order: npt.NDArray[np.int64], images: torch.Tensor) -> npt.NDArray[np.int64]:
+    def _read_crops(
+        self, indices: npt.NDArray[np.int64], seeds: npt.NDArray[np.uint64], order: npt.NDArray[np.int64], images: torch.Tensor
+    ) -> npt.NDArray[np.int64]:
         """Fill the rows of `images` by the native decoder, and return those that it leaves to the general one."""
         assert self.augmentation is not None and self.augmentation.crops is not None
-        samples = np.empty(len(refs), SAMPLE)
+        samples = np.empty(len(order), SAMPLE)
         samples["row"] = order
-        rows = self.rows[[refs[place].sample_index for place in order]]
+        rows = self.rows[indices[order]]
         samples["offset"], samples["size"] = rows["offset"], rows["size"]
-        samples["key"] = [mix(self.seed, refs[place].epoch, refs[place].sample_index) for place in order]
+        samples["key"] = seeds[order]
         shards, which = np.unique(rows["shard"], return_inverse=True)
         memory = images.permute(0, 2, 3, 1).numpy()
-        statuses = np.empty(len(refs), np.int32)
+        statuses = np.empty(len(order), np.int32)
         for first in range(0, len(shards), self.reader.max_open):  # no more files than stay open
             files = np.array([self.reader.descriptor(int(shard)) for shard in shards[first : first + self.reader.max_open]])
             part = (which >= first) & (which < first + len(files))
@@ -182,10 +185,10 @@ class ShardDataset(Dataset[Any]):
         left: npt.NDArray[np.int64] = order[statuses != DECODED]
         return left
 
-    def _pixels(self, encoded: bytes, index: int, epoch: int) -> torch.Tensor:
+    def _pixels(self, encoded: bytes, seed: int) -> torch.Tensor:
         if self.augmentation is None:
             return plain_image(encoded, self.spec)
-        return self.augmentation.image(encoded, self.spec, mix(self.seed, epoch, index))
+        return self.augmentation.image(encoded, self.spec, seed)
 
     def labels(self, indices: npt.NDArray[np.int64]) -> torch.Tensor:
         """The labels of samples: int64 (n,), or uint8 (n, K) where an image has several."""
@@ -200,26 +203,26 @@ class ShardDataset(Dataset[Any]):
     @property
     def reads_crops(self) -> bool:
         """Whether a batch is one call of the native decoder, but for what that leaves over."""
-        return self.augmentation is not None and self.augmentation.crops is not None and self.augmentation.change is None
+        return self.augmentation is not None and self.augmentation.crops is not None
 
     def __getitems__(self, refs: list[SampleRef], images: torch.Tensor | None = None) -> Batch:
         """A local batch, in `images` where given. One that cannot be decoded is neutral, weighs 0 and is named in `bad`."""
         assert self.spec.fixed_size is not None
         indices = np.array([ref.sample_index for ref in refs])
+        seeds = np.array([mix(self.seed, ref.epoch, ref.sample_index) for ref in refs], np.uint64)
         weights = np.array([ref.weight for ref in refs], np.float32)
         if images is None:
             images = new_images(len(refs), self.spec.fixed_size)
         bad = []
         order = np.argsort(indices, kind="stable")  # that of the file
-        for place in (self._read_crops(refs, order, images) if self.reads_crops else order).tolist():
-            ref = refs[place]
-            encoded = self.encoded(ref.sample_index)
+        for place in (self._read_crops(indices, seeds, order, images) if self.reads_crops else order).tolist():
+            index = int(indices[place])
+            encoded = self.encoded(index)
             try:
-                images[place] = self._pixels(encoded, ref.sample_index, ref.epoch)
+                images[place] = self._pixels(encoded, int(seeds[place]))
             except DataError as error:
                 images[place] = torch.tensor(neutral_colour(self.spec), dtype=torch.uint8)[:, None, None]
                 if weights[place] > 0:
-                    index = ref.sample_index
                     bad.append(BadSample(place, self.shard_name(index), self.key(index), str(error)))
                 weights[place] = 0
         return {
@@ -227,8 +230,22 @@ class ShardDataset(Dataset[Any]):
             "label": self.labels(indices),
             "weight": torch.from_numpy(weights),
             "index": torch.from_numpy(indices),
+            "seed": seeds,
             "bad": sorted(bad),
         }
+
+
+def decodable(batch: Batch, most: int | None = None) -> Batch:
+    """The samples of a batch that could be decoded, or the first `most` of them."""
+    good = torch.nonzero(batch["weight"] > 0).flatten()[:most]
+    return Batch(
+        image=batch["image"][good],
+        label=batch["label"][good],
+        weight=batch["weight"][good],
+        index=batch["index"][good],
+        seed=batch["seed"][good.numpy()],
+        bad=[],
+    )
 
 
 def new_images(num_samples: int, size: tuple[int, int]) -> torch.Tensor:

@@ -20,9 +20,8 @@ STEPS_OF_MIXUP = 256  # MixUp's share in whole 256ths
 
 
 class Mixed(NamedTuple):
-    """A mixed batch: row i shows its own image and, in part, that of row i^1, whose label is `other_label`."""
+    """What a mixed batch shows: in row i its own image and, in part, that of row i^1, whose label is `other_label`."""
 
-    image: torch.Tensor  # uint8 (n, 3, H, W)
     other_label: torch.Tensor  # int64 (n,) or uint8 (n, K)
     share: torch.Tensor  # float32 (n,), how much of the loss belongs to the sample's own label
 
@@ -38,13 +37,13 @@ def require_mixable(config: AugmentConfig, local_batch_size: int) -> None:
 
 def mix_batch(
     images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, config: AugmentConfig, seed: int, step: int
-) -> Mixed | None:
-    """Mix each pair of rows as `config` says for this step; None when both are off. Pairs with a masked row stay as they are.
+) -> tuple[torch.Tensor, Mixed | None]:
+    """Mix each pair of rows as `config` says for this step; both off, nothing. Pairs with a masked row stay as they are.
 
     Images uint8 (n, 3, H, W), labels (n,) or (n, K), weights (n,), n even. Where both are on, a coin decides each step.
     """
     if not config.mixup and not config.cutmix:
-        return None
+        return images, None
     draw = random.Random(mix(seed, step, 2))  # noqa: S311 - reproducible, not secret
     use_cutmix = bool(config.cutmix) and (not config.mixup or draw.random() < 0.5)
     alpha = config.cutmix if use_cutmix else config.mixup
@@ -54,7 +53,7 @@ def mix_batch(
     others = images[partner]
     mixed, share = _paste(images, others, share, draw) if use_cutmix else _blend(images, others, share)
     image = torch.where(both[:, None, None, None], mixed, images)
-    return Mixed(image, labels[partner], torch.where(both, share, 1.0))
+    return image, Mixed(labels[partner], torch.where(both, share, 1.0))
 
 
 def _blend(images: torch.Tensor, others: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:

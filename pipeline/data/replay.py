@@ -15,6 +15,7 @@ from pipeline.data.augment import build_augmentation
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.mixing import Mixed, mix_batch
 from pipeline.data.order import GlobalBatchSampler
+from pipeline.data.pixel_changes import build_pixel_changes
 from pipeline.errors import ConfigError
 from pipeline.files import write_bytes
 from pipeline.manifest import DatasetManifest
@@ -64,13 +65,15 @@ def replay_step(config: Config, manifest: DatasetManifest, spec: PreprocessSpec,
     epoch, number = divmod(step - 1, steps)
     batches.set_epoch(epoch)
     batches.start = number * parts
+    changes = build_pixel_changes(config.data.augment, spec)
     samples, images = [], []
     for part, rows in enumerate(itertools.islice(batches, parts)):
         batch = dataset.__getitems__(rows)
+        seen = batch["image"] if changes is None else changes(batch["image"], batch["seed"])
         augment, micro_step = config.data.augment, (step - 1) * parts + part
-        mixed = mix_batch(batch["image"], batch["label"], batch["weight"], augment, config.seed, micro_step)
+        seen, mixed = mix_batch(seen, batch["label"], batch["weight"], augment, config.seed, micro_step)
         samples += [_describe(dataset, batch, mixed, manifest.class_names, row) for row in range(len(rows))]
-        images.append(batch["image"] if mixed is None else mixed.image)
+        images.append(seen)
     return ReplayedStep(step, epoch, number, samples, torch.cat(images))
 
 

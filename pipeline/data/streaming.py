@@ -103,14 +103,15 @@ class StreamDataset(IterableDataset[Batch]):
         images = new_images(len(samples), self.spec.fixed_size)
         weights, bad = np.ones(len(samples), np.float32), []
         labels = self._no_labels(len(samples))
-        for row, (number, sample) in enumerate(samples):
+        seeds = np.array([mix(mix(self.seed, self.salt), consumer, number) for number, _ in samples], np.uint64)
+        for row, (_, sample) in enumerate(samples):
             try:
                 encoded, numbers = self.rule.read(sample)
                 if self.num_classes is None:
                     (labels[row], *_) = numbers
                 else:
                     labels[row, numbers] = 1
-                images[row] = self._pixels(encoded, number, consumer)
+                images[row] = self._pixels(encoded, int(seeds[row]))
             except DataError as error:
                 images[row] = torch.tensor(neutral_colour(self.spec), dtype=torch.uint8)[:, None, None]
                 weights[row] = 0
@@ -120,6 +121,7 @@ class StreamDataset(IterableDataset[Batch]):
             "label": torch.from_numpy(labels),
             "weight": torch.from_numpy(weights),
             "index": torch.full((len(samples),), -1),
+            "seed": seeds,
             "bad": bad,
         }
 
@@ -128,10 +130,10 @@ class StreamDataset(IterableDataset[Batch]):
             return np.zeros(num_samples, np.int64)
         return np.zeros((num_samples, self.num_classes), np.uint8)
 
-    def _pixels(self, encoded: bytes, number: int, consumer: int) -> torch.Tensor:
+    def _pixels(self, encoded: bytes, seed: int) -> torch.Tensor:
         if self.augmentation is None:
             return plain_image(encoded, self.spec)
-        return self.augmentation.image(encoded, self.spec, mix(mix(self.seed, self.salt), consumer, number))
+        return self.augmentation.image(encoded, self.spec, seed)
 
 
 def read_samples(urls: Iterable[str]) -> Iterator[dict[str, Any]]:

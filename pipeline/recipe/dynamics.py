@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from pipeline.config import Config, DataConfig
 from pipeline.console import say
-from pipeline.data.dataset import Batch, ShardDataset
+from pipeline.data.dataset import Batch, ShardDataset, decodable
 from pipeline.data.order import SampleRef
 from pipeline.files import write_bytes, write_json
 from pipeline.manifest import DatasetManifest
@@ -225,8 +225,4 @@ def read_samples(manifest: DatasetManifest, split: str, spec: PreprocessSpec, co
     number = min(number, len(dataset))
     spread = dataset.fetcher is None
     indices = np.linspace(0, len(dataset) - 1, number).round().astype(int) if spread else np.arange(number)
-    batch = dataset.__getitems__([SampleRef(int(index), 0, 1.0) for index in indices])
-    good = batch["weight"] > 0
-    return Batch(
-        image=batch["image"][good], label=batch["label"][good], weight=batch["weight"][good], index=batch["index"][good], bad=[]
-    )
+    return decodable(dataset.__getitems__([SampleRef(int(index), 0, 1.0) for index in indices]))

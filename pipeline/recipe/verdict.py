@@ -12,8 +12,9 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.data.augment import build_augmentation
-from pipeline.data.dataset import Batch, ShardDataset
+from pipeline.data.dataset import Batch, ShardDataset, decodable
 from pipeline.data.order import GlobalBatchSampler, Positions, SampleRef, mix
+from pipeline.data.pixel_changes import build_pixel_changes
 from pipeline.data.streaming import StreamDataset
 from pipeline.manifest import DatasetManifest
 from pipeline.models.freezing import frozen, is_frozen
@@ -109,7 +110,7 @@ class Subject:
         whole = dataclasses.replace(self.config.data, drop_last=False)
         batches = GlobalBatchSampler.of_training(dataset.shards, whole, self.config.seed, rows=dataset.rows)
         samples = [sample for sample in next(iter(batches)) if sample.weight > 0][:size]
-        return self._on_device(dataset.__getitems__(samples))
+        return self._as_trained_on(dataset.__getitems__(samples), augmented=augmented)
 
     def sampled(self, split: str, number: int) -> Iterator[Batch]:
         """At most `number` random samples of an indexed split, without augmentation, a few at a time, always the same."""
@@ -135,21 +136,21 @@ class Subject:
         augmentation = build_augmentation(self.config.data.augment, self.spec) if augmented else None
         data = dataclasses.replace(self.config.data, num_workers=0)
         stream = StreamDataset(self.manifest, self.spec, data, augmentation, seed=self.config.seed, rank=0, world_size=1)
-        batch = self._on_device(next(iter(stream)))
-        number = len(batch["label"]) if size is None else size
-        images, labels, weights, indices = (batch[name][:number] for name in ("image", "label", "weight", "index"))
-        return Batch(image=images, label=labels, weight=weights, index=indices, bad=[])
+        return self._as_trained_on(next(iter(stream)), augmented=augmented, size=size)
 
-    def _on_device(self, batch: Batch) -> Batch:
-        """The samples of a batch that could be decoded, where the network is."""
-        good = batch["weight"] > 0
-        return Batch(
-            image=batch["image"][good].to(self.device),
-            label=batch["label"][good].to(self.device),
-            weight=batch["weight"][good].to(self.device),
-            index=batch["index"][good],
-            bad=[],
-        )
+    def _as_trained_on(self, batch: Batch, *, augmented: bool, size: int | None = None) -> Batch:
+        batch = self._on_device(batch, size)
+        changes = build_pixel_changes(self.config.data.augment, self.spec) if augmented else None
+        if changes is not None:
+            batch["image"] = changes(batch["image"], batch["seed"])
+        return batch
+
+    def _on_device(self, batch: Batch, size: int | None = None) -> Batch:
+        """The samples of a batch that could be decoded, at most `size`, where the network is."""
+        batch = decodable(batch, size)
+        for name in ("image", "label", "weight"):
+            batch[name] = batch[name].to(self.device)
+        return batch
 
 
 def draw_rows(dataset: ShardDataset, number: int, seed: int) -> Positions:

@@ -25,9 +25,10 @@ class Recorder(Classifier):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Note the samples of the step, and their pixels after augmentation."""
+        images = batch["image"] if self.changes is None else self.changes(batch["image"], batch["seed"])
         self.steps[self.global_step] = [
             (int(index), hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16])
-            for index, image in zip(batch["index"], batch["image"], strict=True)
+            for index, image in zip(batch["index"], images, strict=True)
         ]
         if self.global_step + 1 == int(os.environ.get("STOP_AFTER", "0")):
             self.leave()

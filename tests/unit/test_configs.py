@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 
 from pipeline.config import Config, add_settings, bundled_configs, parse_config
-from pipeline.data.augment import build_augmentation
+from pipeline.data.augment import build_augmentation, plain_image
+from pipeline.data.pixel_changes import build_pixel_changes
 from pipeline.manifest import DatasetManifest
 from pipeline.models.freezing import freeze_parameters, frozen, require_known_prefixes
 from pipeline.models.sequential import build_network
@@ -69,10 +71,13 @@ def test_the_images_of_every_bundled_configuration_are_augmented_to_its_size(
     config = read(name)
     spec = spec_for(config, tiny_dataset)
     assert spec.fixed_size is not None
-    augmentation = build_augmentation(config.data.augment, spec)
-    assert augmentation is not None
+    augmentation, changes = build_augmentation(config.data.augment, spec), build_pixel_changes(config.data.augment, spec)
+    assert augmentation is not None or changes is not None
     encoded = next(tiny_source.rglob("*.png")).read_bytes()
-    assert augmentation.image(encoded, spec, key=0).shape == (3, *spec.fixed_size)
+    image = plain_image(encoded, spec) if augmentation is None else augmentation.image(encoded, spec, key=0)
+    assert image.shape == (3, *spec.fixed_size)
+    if changes is not None:
+        assert changes(image[None], np.zeros(1, np.uint64)).shape == (1, 3, *spec.fixed_size)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,12 +1,8 @@
-import contextlib
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 
 from pipeline.config import AugmentConfig, PreprocessConfig
-from pipeline.data.augment import Augmentation, build_augmentation, neutral_colour, plain_image, random_box, seeded
+from pipeline.data.augment import Augmentation, build_augmentation, plain_image, random_box
 from pipeline.data.order import mix
 from pipeline.manifest import ImageStats
 from pipeline.preprocess import build_spec
@@ -14,16 +10,7 @@ from tests.unit.data.images import as_png, noise
 
 SIZE = (16, 20)
 SPEC = build_spec(PreprocessConfig(resize=list(SIZE)), ImageStats("train", [0.2, 0.4, 0.6], [0.5] * 3))
-EVERYTHING = AugmentConfig(
-    horizontal_flip=0.5,
-    rotate_degrees=20.0,
-    translate=0.1,
-    scale=0.1,
-    crop_scale=0.5,
-    brightness=0.2,
-    policy="randaugment",
-    erase=0.5,
-)
+BOTH = AugmentConfig(horizontal_flip=0.5, crop_scale=0.5)
 
 
 @pytest.fixture
@@ -44,29 +31,12 @@ def augmented(encoded: bytes, augmentation: Augmentation, seed: int = 0, epoch: 
 
 def test_nothing_is_built_when_all_is_off() -> None:
     assert build_augmentation(AugmentConfig(), SPEC) is None
-    assert build_augmentation(AugmentConfig(mixup=0.2, cutmix=1.0), SPEC) is None  # they change batches, not images
+    assert build_augmentation(AugmentConfig(mixup=0.2, cutmix=1.0, hue=0.1, erase=0.5), SPEC) is None  # those change batches
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"horizontal_flip": 0.5},
-        {"rotate_degrees": 20.0},
-        {"translate": 0.2},
-        {"scale": 0.2},
-        {"crop_scale": 0.5},
-        {"brightness": 0.5},
-        {"contrast": 0.5},
-        {"saturation": 0.5},
-        {"hue": 0.5},
-        {"policy": "randaugment"},
-        {"policy": "trivialaugment"},
-        {"erase": 0.5},
-    ],
-    ids=lambda change: "-".join(map(str, change.values() if "policy" in change else change)),
-)
-def test_each_setting_changes_images_alone_and_keeps_their_size(change: dict[str, Any], encoded: bytes) -> None:
-    augmentation = build(replace(AugmentConfig(), **change))
+@pytest.mark.parametrize("config", [AugmentConfig(horizontal_flip=0.5), AugmentConfig(crop_scale=0.5)], ids=["flip", "crop"])
+def test_each_setting_changes_images_alone_and_keeps_their_size(config: AugmentConfig, encoded: bytes) -> None:
+    augmentation = build(config)
     image = plain_image(encoded, SPEC)
     changed = [augmented(encoded, augmentation, index=index) for index in range(20)]
     assert all(one.shape == image.shape and one.dtype == torch.uint8 for one in changed)
@@ -78,45 +48,20 @@ def test_a_flip_mirrors_left_and_right(encoded: bytes) -> None:
     assert torch.equal(augmented(encoded, augmentation), plain_image(encoded, SPEC).flip(-1))
 
 
-def test_what_is_erased_has_the_colour_that_normalisation_makes_nothing_of(encoded: bytes) -> None:
-    assert neutral_colour(SPEC) == [51, 102, 153]
-    augmentation = build(AugmentConfig(erase=1.0))
-    erased = augmented(encoded, augmentation)
-    changed = (erased != plain_image(encoded, SPEC)).any(dim=0)
-    assert changed.any()
-    assert {tuple(colour) for colour in erased[:, changed].T.tolist()} == {(51, 102, 153)}
-
-
 def test_an_augmentation_is_a_pure_function_of_seed_epoch_and_sample(encoded: bytes) -> None:
-    augmentation = build(EVERYTHING)
+    augmentation = build(BOTH)
     torch.manual_seed(1)
     first = augmented(encoded, augmentation, seed=5, epoch=6, index=7)
     torch.manual_seed(2)
     torch.rand(100)
     augmented(encoded, augmentation)
-    assert torch.equal(augmented(encoded, build(EVERYTHING), seed=5, epoch=6, index=7), first)
+    assert torch.equal(augmented(encoded, build(BOTH), seed=5, epoch=6, index=7), first)
 
 
 def test_another_seed_epoch_or_sample_gets_another_augmentation(encoded: bytes) -> None:
-    augmentation = build(EVERYTHING)
+    augmentation = build(BOTH)
     numbers = [(5, 6, 7), (4, 6, 7), (5, 5, 7), (5, 6, 6), (7, 6, 5)]
     assert len({augmented(encoded, augmentation, *one).numpy().tobytes() for one in numbers}) == len(numbers)
-
-
-def test_the_randomness_of_the_model_is_not_disturbed(encoded: bytes) -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    augmented(encoded, build(EVERYTHING))
-    assert torch.equal(torch.rand(4), expected)
-
-
-def test_the_randomness_of_the_model_is_not_disturbed_by_an_error_either() -> None:
-    state = torch.get_rng_state()
-    with contextlib.suppress(ZeroDivisionError), seeded(0):
-        torch.rand(1)
-        raise ZeroDivisionError
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---- the random crop ----

@@ -226,9 +226,9 @@ def test_more_shards_in_a_batch_than_files_stay_open_are_read_all_the_same(tmp_p
     require_equal(loader, expected)
 
 
-def test_transforms_in_python_are_left_to_processes(tiny_dataset: DatasetManifest) -> None:
-    loader = train_loader(tiny_dataset, replace(CONFIG, augment=replace(CROPS, rotate_degrees=5.0), num_workers=1))
-    assert (loader.num_threads, loader.num_workers) == (0, 1)
+def test_what_a_whole_batch_is_changed_by_leaves_its_crops_to_threads(tiny_dataset: DatasetManifest) -> None:
+    loader = train_loader(tiny_dataset, replace(CONFIG, augment=replace(CROPS, policy="randaugment"), num_workers=1))
+    assert (loader.num_threads, loader.num_workers) == (1, 0)
 
 
 def test_without_the_native_decoder_processes_make_the_batches(

@@ -67,7 +67,7 @@ def test_a_batch_holds_what_its_references_ask_for_in_their_order(tiny_dataset: 
 
 def test_an_image_is_augmented_by_the_epoch_of_its_reference_and_its_own_number(tiny_dataset: DatasetManifest) -> None:
     spec = spec_of(tiny_dataset)
-    augmentation = build_augmentation(AugmentConfig(rotate_degrees=30.0), spec)
+    augmentation = build_augmentation(AugmentConfig(crop_scale=0.3), spec)
     assert augmentation is not None
     dataset = ShardDataset(tiny_dataset, "train", spec_of(tiny_dataset), augmentation, seed=5)
     batch = dataset.__getitems__([SampleRef(3, 0, 1.0), SampleRef(3, 1, 1.0), SampleRef(4, 1, 1.0)])
@@ -76,6 +76,7 @@ def test_an_image_is_augmented_by_the_epoch_of_its_reference_and_its_own_number(
         expected.append(augmentation.image(dataset.encoded(index), spec, mix(5, epoch, index)))
     assert torch.equal(batch["image"], torch.stack(expected))
     assert not torch.equal(batch["image"][0], batch["image"][1])
+    assert batch["seed"].tolist() == [mix(5, 0, 3), mix(5, 1, 3), mix(5, 1, 4)]
 
 
 def test_a_data_set_can_be_sent_to_another_process(tiny_dataset: DatasetManifest) -> None:

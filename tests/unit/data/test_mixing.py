@@ -14,12 +14,12 @@ MIXUP, CUTMIX = AugmentConfig(mixup=0.4), AugmentConfig(cutmix=1.0)
 
 
 def test_nothing_is_mixed_unless_asked_for() -> None:
-    assert mix_batch(IMAGES, LABELS, WEIGHTS, AugmentConfig(crop_scale=0.5), seed=1, step=2) is None
+    assert mix_batch(IMAGES, LABELS, WEIGHTS, AugmentConfig(crop_scale=0.5), seed=1, step=2) == (IMAGES, None)
 
 
 def test_rows_of_several_labels_follow_their_images() -> None:
     rows = torch.eye(NUMBER, dtype=torch.uint8)
-    mixed = mix_batch(IMAGES, rows, WEIGHTS, MIXUP, seed=1, step=0)
+    _, mixed = mix_batch(IMAGES, rows, WEIGHTS, MIXUP, seed=1, step=0)
     assert mixed is not None
     assert torch.equal(mixed.other_label, rows[[1, 0, 3, 2, 5, 4, 7, 6]])
 
@@ -27,14 +27,14 @@ def test_rows_of_several_labels_follow_their_images() -> None:
 def test_mixup_blends_each_image_with_its_neighbour_and_shares_the_loss_alike() -> None:
     shares = set()
     for step in range(20):
-        mixed = mix_batch(IMAGES, LABELS, WEIGHTS, MIXUP, seed=1, step=step)
+        image, mixed = mix_batch(IMAGES, LABELS, WEIGHTS, MIXUP, seed=1, step=step)
         assert mixed is not None
         assert mixed.other_label.tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
         share = float(mixed.share[0])
         assert mixed.share.tolist() == [share] * NUMBER
         expected = share * IMAGES.double() + (1 - share) * IMAGES[mixed.other_label].double()
         # Rounded to whole numbers.
-        torch.testing.assert_close(mixed.image.double(), expected, rtol=0, atol=0.5)
+        torch.testing.assert_close(image.double(), expected, rtol=0, atol=0.5)
         shares.add(share)
     assert len(shares) > 15
 
@@ -42,10 +42,10 @@ def test_mixup_blends_each_image_with_its_neighbour_and_shares_the_loss_alike() 
 def test_cutmix_pastes_a_rectangle_and_shares_the_loss_by_its_area() -> None:
     shares = []
     for step in range(50):
-        mixed = mix_batch(IMAGES, LABELS, WEIGHTS, CUTMIX, seed=1, step=step)
+        image, mixed = mix_batch(IMAGES, LABELS, WEIGHTS, CUTMIX, seed=1, step=step)
         assert mixed is not None
-        pasted = (mixed.image == IMAGES[mixed.other_label]).all(dim=1) & (mixed.image != IMAGES).any(dim=1)  # (n, H, W)
-        assert ((mixed.image == IMAGES).all(dim=1) | pasted).all()
+        pasted = (image == IMAGES[mixed.other_label]).all(dim=1) & (image != IMAGES).any(dim=1)  # (n, H, W)
+        assert ((image == IMAGES).all(dim=1) | pasted).all()
         rows, columns = pasted[0].any(dim=1), pasted[0].any(dim=0)
         assert int(pasted[0].sum()) == int(rows.sum()) * int(columns.sum())
         share = float(mixed.share[0])
@@ -60,29 +60,29 @@ def test_a_coin_decides_where_both_are_on() -> None:
     both = AugmentConfig(mixup=0.4, cutmix=1.0)
     kinds = []
     for step in range(40):
-        mixed = mix_batch(IMAGES, LABELS, WEIGHTS, both, seed=1, step=step)
+        image, mixed = mix_batch(IMAGES, LABELS, WEIGHTS, both, seed=1, step=step)
         assert mixed is not None
-        kinds.append(bool((mixed.image[0] == IMAGES[0]).all(dim=0).any() or (mixed.image[0] == IMAGES[1]).all(dim=0).any()))
+        kinds.append(bool((image[0] == IMAGES[0]).all(dim=0).any() or (image[0] == IMAGES[1]).all(dim=0).any()))
     assert 8 < sum(kinds) < 32
 
 
 @pytest.mark.parametrize("config", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
 def test_any_number_of_ranks_mixes_the_same_images_in_a_step(config: AugmentConfig) -> None:
-    whole = mix_batch(IMAGES, LABELS, WEIGHTS, config, seed=5, step=6)
+    image, whole = mix_batch(IMAGES, LABELS, WEIGHTS, config, seed=5, step=6)
     halves = [mix_batch(IMAGES[part], LABELS[part], WEIGHTS[part], config, 5, 6) for part in (slice(0, 4), slice(4, 8))]
-    other = mix_batch(IMAGES, LABELS, WEIGHTS, config, seed=5, step=7)
-    assert whole is not None and halves[0] is not None and halves[1] is not None and other is not None
-    for place in range(3):
-        assert torch.equal(whole[place], torch.cat([halves[0][place], halves[1][place]]))
-    assert not torch.equal(whole.image, other.image)
+    assert torch.equal(image, torch.cat([half for half, _ in halves]))
+    assert whole is not None
+    for place in range(2):
+        assert torch.equal(whole[place], torch.cat([mixed[place] for _, mixed in halves if mixed is not None]))
+    assert not torch.equal(image, mix_batch(IMAGES, LABELS, WEIGHTS, config, seed=5, step=7)[0])
 
 
 @pytest.mark.parametrize("config", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
 def test_a_pair_with_a_masked_row_stays_as_it_is(config: AugmentConfig) -> None:
     weights = torch.tensor([1.0, 1, 1, 0, 1, 1, 0, 0])
-    mixed = mix_batch(IMAGES, LABELS, weights, config, seed=1, step=2)
+    image, mixed = mix_batch(IMAGES, LABELS, weights, config, seed=1, step=2)
     assert mixed is not None
-    assert torch.equal(mixed.image[[2, 3, 6, 7]], IMAGES[[2, 3, 6, 7]])
+    assert torch.equal(image[[2, 3, 6, 7]], IMAGES[[2, 3, 6, 7]])
     assert (mixed.share == 1).tolist() == [False, False, True, True, False, False, True, True]
 
 

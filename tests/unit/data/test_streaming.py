@@ -113,11 +113,12 @@ def test_loader_processes_stream_too(streamed: DatasetManifest, tiny_spec: Prepr
 
 def test_images_are_augmented(streamed: DatasetManifest, tiny_spec: PreprocessSpec) -> None:
     plain = loader_of(streamed, tiny_spec)
-    config = dataclasses.replace(CONFIG, augment=AugmentConfig(rotate_degrees=30))
+    config = dataclasses.replace(CONFIG, augment=AugmentConfig(crop_scale=0.3))
     rotated = loader_of(streamed, tiny_spec, config)
     for one, other in zip(plain, rotated, strict=True):
         assert torch.equal(one["label"], other["label"])
         assert not torch.equal(one["image"], other["image"])
+        assert len(set(one["seed"].tolist())) == len(one["label"])
 
 
 def test_a_bad_sample_is_masked_and_named(copied_dataset: DatasetManifest, tiny_spec: PreprocessSpec) -> None:

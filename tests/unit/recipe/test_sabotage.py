@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, DatasetConfig
-from pipeline.data.augment import Augmentation
-from pipeline.data.dataset import ShardDataset
+from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.writer import write_dataset
 from pipeline.files import sha256_of
 from pipeline.manifest import DatasetManifest, ImageStats, Index, IndexEntry, load_dataset, open_index
@@ -34,7 +33,7 @@ class Spoilt(Subject):
     """A run whose every network is changed after it was made, or whose augmentation is another."""
 
     spoil: list[Callable[[nn.Sequential], None]] = field(default_factory=list)
-    augmentation: Augmentation | None = None
+    augment: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def build_network(self, seed: int) -> nn.Sequential:
         network = super().build_network(seed)
@@ -42,11 +41,11 @@ class Spoilt(Subject):
             change(network)
         return network
 
-    def dataset(self, split: str = "train", *, augmented: bool = False) -> ShardDataset:
-        dataset = super().dataset(split, augmented=augmented)
-        if augmented and self.augmentation is not None:
-            dataset.augmentation = self.augmentation
-        return dataset
+    def first_batch(self, *, augmented: bool, size: int | None = None) -> Batch:
+        batch = super().first_batch(augmented=augmented, size=size)
+        if augmented and self.augment is not None:
+            batch["image"] = self.augment(batch["image"])
+        return batch
 
 
 Run = tuple[Config, DatasetManifest]
@@ -135,12 +134,10 @@ def statistics_of_other_data(run: Run, folder: Path) -> Spoilt:
 def random_augmentation(run: Run, folder: Path) -> Spoilt:
     """Noise that no seed rules."""
 
-    def noise(image: torch.Tensor) -> torch.Tensor:
-        return image ^ (os.urandom(1)[0] & 15)
+    def noise(images: torch.Tensor) -> torch.Tensor:
+        return images ^ (os.urandom(1)[0] & 15)
 
-    subject = subject_of(*run)
-    assert subject.spec.fixed_size is not None
-    return dataclasses.replace(subject, augmentation=Augmentation(subject.spec.fixed_size, crop_scale=1.0, change=noise))
+    return dataclasses.replace(subject_of(*run), augment=noise)
 
 
 # ---- sabotage of the network ----

@@ -6,11 +6,9 @@ import torch
 from torch import nn
 
 from pipeline.config import AugmentConfig
-from pipeline.data.augment import Augmentation
 from pipeline.recipe import verdict as verdict_module
 from pipeline.recipe.seed import check_seed
 from pipeline.recipe.verdict import Subject
-from tests.unit.conftest import SIDE
 from tests.unit.recipe.conftest import ChangeNetwork
 
 
@@ -37,11 +35,10 @@ def test_unseeded_weights_are_red(subject: Subject, change_network: ChangeNetwor
 
 
 def test_unseeded_augmentation_is_red(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    def noisy(image: torch.Tensor) -> torch.Tensor:
-        return image ^ int.from_bytes(os.urandom(1), "little")
+    def noisy(images: torch.Tensor, seeds: object) -> torch.Tensor:
+        return images ^ int.from_bytes(os.urandom(1), "little")
 
-    augmentation = Augmentation((SIDE, SIDE), crop_scale=1.0, change=noisy)
-    monkeypatch.setattr(verdict_module, "build_augmentation", lambda *_: augmentation)
+    monkeypatch.setattr(verdict_module, "build_pixel_changes", lambda *_: noisy)
     assert check_seed(subject).verdict == "red"
 
 

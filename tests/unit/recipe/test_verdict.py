@@ -5,6 +5,7 @@ import torch
 
 from pipeline.config import AugmentConfig
 from pipeline.data.datamodule import ShardDataModule
+from pipeline.data.pixel_changes import PixelChanges
 from pipeline.recipe.verdict import Subject
 
 
@@ -19,7 +20,7 @@ def test_a_check_looks_at_the_very_tensors_that_training_sees_first(subject: Sub
     module = ShardDataModule(subject.manifest, subject.spec, data, subject.config.seed)
     trained_on = next(iter(module.train_dataloader()))
     seen = subject.first_batch(augmented=True)
-    assert torch.equal(seen["image"], trained_on["image"])
+    assert torch.equal(seen["image"], PixelChanges(data.augment, subject.spec)(trained_on["image"], trained_on["seed"]))
     assert torch.equal(seen["label"], trained_on["label"])
     assert not torch.equal(seen["image"], subject.first_batch(augmented=False)["image"])
 
