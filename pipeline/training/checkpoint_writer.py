@@ -93,9 +93,11 @@ class CheckpointWriter(L.Callback):
         identity: dict[str, str | None],
         folder: Path,
         lost: Collection[int] = (),
+        is_compiled: bool = False,
     ) -> None:
         self.config, self.manifest, self.identity, self.folder = config, manifest, identity, folder
         self.lost = lost  # steps of checkpoints that were among the best and are damaged
+        self.is_compiled = is_compiled
         self.spec = spec_for(config, manifest)
         self.ranking: list[list[float]] = []  # [value, step] of the best validations, the best first
         self.num_worse = 0  # validations since the best one
@@ -217,6 +219,7 @@ class CheckpointWriter(L.Callback):
             "cursor": {"epoch": place["epoch"], "batch": place["batch"] // self.config.data.accumulate},
             "global_step": trainer.global_step,
             "world_size": trainer.world_size,
+            "compiled": self.is_compiled,
             "decoder": native.decoder_of(self.config.data),
             "ranking": self.ranking,
             **self.identity,

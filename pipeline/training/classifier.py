@@ -12,35 +12,57 @@ from pipeline.config import Config
 from pipeline.data.dataset import Batch
 from pipeline.data.mixing import Mixed, mix_batch
 from pipeline.data.order import mix
+from pipeline.data.pixel_changes import PixelChanges
 from pipeline.metrics import EvaluationSums, Metrics
 from pipeline.task import Task
 from pipeline.training.optim import build_optimizer, build_scheduler, may_fuse, scheduler_length
 
+PLAIN = (str, int, type(None))
+
 
 class StepPart(NamedTuple):
-    """A batch of a step with what the network made of it, kept for the figures of every n-th step."""
+    """What the network made of a batch of n images of a step, kept for the figures of every n-th step."""
 
-    batch: Batch
     logits: torch.Tensor  # (n, num_outputs)
+    labels: torch.Tensor
+    weights: torch.Tensor  # (n,)
+    indices: torch.Tensor  # (n,)
     mixed: Mixed | None
 
 
 class Classifier(L.LightningModule):
-    """Trains `network`, uint8 images (N, 3, H, W) to logits (N, num_outputs), for `total_steps` optimizer steps."""
+    """Trains `network`, uint8 images (N, 3, H, W) to logits (N, num_outputs), for `total_steps` optimizer steps.
 
-    def __init__(self, network: nn.Sequential, config: Config, task: Task, total_steps: int) -> None:
+    `changes` are made of the images of training before the network sees them.
+    """
+
+    def __init__(
+        self, network: nn.Sequential, config: Config, task: Task, total_steps: int, changes: PixelChanges | None = None
+    ) -> None:
         super().__init__()
+        self.changes = changes
         # Lightning's own estimate makes the loaders before a checkpoint is restored, and they would never learn their place.
         self.total_steps = total_steps
         self.network = network
         self.config = config
         self.task = task
         self.rank = distributed.rank()
+        self.micro_step = 0  # batches that the run has seen before this one; the step, unless gradients are accumulated
         self.step_parts: list[StepPart] = []  # of this rank's part of the step; more than one where gradients accumulate
         self.metrics: Metrics | None = None
         self.predictions: list[torch.Tensor] = []
         self.plateau: ReduceLROnPlateau | None = None
         self.plateau_state: dict[str, Any] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch does it, but a word or number that takes the place of another is not held against each parameter's name.
+
+        Lightning writes here which hook it calls, forty times a step: 100 us of it on a CPU.
+        """
+        if name in (own := self.__dict__) and isinstance(value, PLAIN):
+            own[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_outputs) of uint8 images (N, 3, H, W)."""
@@ -49,56 +71,49 @@ class Classifier(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout must not depend on what ran before: a resumed step draws the masks of the undisturbed one."""
-        seed_torch(mix(self.config.seed, self._micro_step(batch_idx), self.rank), self.device)
-
-    def _micro_step(self, batch_idx: int) -> int:
-        """How many batches the run has seen before this one; the step itself unless gradients are accumulated."""
-        return self.global_step * self.config.data.accumulate + batch_idx % self.config.data.accumulate
+        accumulate = self.config.data.accumulate
+        self.micro_step = self.global_step * accumulate + batch_idx % accumulate
+        seed_torch(mix(self.config.seed, self.micro_step, self.rank), self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Mean loss over the local batch; with DDP's mean over ranks, the mean over the global batch (see pipeline.task)."""
         images, weights = batch["image"], batch["weight"]  # (n, 3, H, W), (n,)
-        mixed = self._mix(batch, batch_idx)
-        logits = self.network(images if mixed is None else mixed.image)  # (n, num_outputs)
+        if self.changes is not None:
+            images = self.changes(images, batch["seed"])
+        augment, seed = self.config.data.augment, self.config.seed
+        images, mixed = mix_batch(images, batch["label"], weights, augment, seed, self.micro_step)
+        logits = self.network(images)  # (n, num_outputs)
         if batch_idx % self.config.data.accumulate == 0:
             self.step_parts.clear()
-        part = StepPart(batch, logits.detach(), mixed)
+        part = StepPart(logits.detach(), batch["label"], weights, batch["index"], mixed)
         self.step_parts.append(part)
         # As a product of two vectors it takes 18 us more than a plain mean; their product, its sum and a quotient take 42.
         return torch.dot(self._losses(part, logits), weights / len(weights))
 
-    def _mix(self, batch: Batch, batch_idx: int) -> Mixed | None:
-        augment = self.config.data.augment
-        if not augment.mixup and not augment.cutmix:
-            return None
-        seed, step = self.config.seed, self._micro_step(batch_idx)
-        return mix_batch(batch["image"], batch["label"], batch["weight"], augment, seed, step)
-
     def _losses(self, part: StepPart, logits: torch.Tensor) -> torch.Tensor:
         """Loss of each sample, (n,)."""
-        losses = self.task.sample_losses(logits, part.batch["label"])
+        losses = self.task.sample_losses(logits, part.labels)
         if part.mixed is None:
             return losses
         return torch.lerp(self.task.sample_losses(logits, part.mixed.other_label), losses, part.mixed.share)
 
     def _correct(self, part: StepPart) -> torch.Tensor:
         """How right each answer is, (n,)."""
-        correct = self.task.correct(part.logits, part.batch["label"])
+        correct = self.task.correct(part.logits, part.labels)
         if part.mixed is None:
             return correct
         return torch.lerp(self.task.correct(part.logits, part.mixed.other_label), correct, part.mixed.share)
 
-    def step_losses(self) -> list[tuple[Batch, torch.Tensor]]:
+    def step_losses(self) -> list[tuple[StepPart, torch.Tensor]]:
         """The batches of the last step on this rank, each with the losses of its samples, (n,)."""
-        return [(part.batch, self._losses(part, part.logits)) for part in self.step_parts]
+        return [(part, self._losses(part, part.logits)) for part in self.step_parts]
 
     def step_sums(self) -> torch.Tensor:
         """Weighted loss, weighted correct answers, and weight of this rank's part of the last step, float32 (3,)."""
         sums = []
         for part in self.step_parts:
-            weights = part.batch["weight"]
             losses, correct = self._losses(part, part.logits), self._correct(part)
-            sums.append(torch.stack([torch.dot(weights, losses), torch.dot(weights, correct), weights.sum()]))
+            sums.append(torch.stack([torch.dot(part.weights, losses), torch.dot(part.weights, correct), part.weights.sum()]))
         return torch.stack(sums).sum(dim=0) if len(sums) > 1 else sums[0]
 
     def configure_optimizers(self) -> Any:

@@ -11,16 +11,17 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 
 from pipeline import accelerator, distributed
-from pipeline.config import Config, TrainerConfig
+from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data import native
 from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.labels import TRADE_OFFS
 from pipeline.data.order import training_steps_per_epoch
+from pipeline.data.pixel_changes import build_pixel_changes
 from pipeline.errors import RunError, StoppedError
 from pipeline.files import locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset
@@ -37,6 +38,7 @@ from pipeline.training.callbacks import ShowProgress, TrainingCurves, WarmUpBuck
 from pipeline.training.checkpoint import identity_of, newest_checkpoint, remove_temporary, require_intact
 from pipeline.training.checkpoint_writer import CheckpointWriter, DurableCheckpointIO
 from pipeline.training.classifier import Classifier
+from pipeline.training.compiling import choose_compiled
 from pipeline.training.every_step import EveryStep
 from pipeline.training.monitors import StepMonitor
 from pipeline.training.performance import NoProfiler, StepTimes
@@ -50,23 +52,25 @@ WRITER_WAIT_SECONDS = 120.0
 
 
 def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
-    """A Lightning Trainer with DDP over the ranks that a launcher started, which have met in `distributed.join_group`."""
+    """A Lightning Trainer, with DDP over the ranks that a launcher started, which have met in `distributed.join_group`.
+
+    One process alone has nothing to average, and does without DDP's 130 us a step and its copy of the gradients.
+    """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     # Deterministic algorithms also fill each new tensor with nan, to show who reads what nobody wrote: that only takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     clocks = [callback.clock for callback in callbacks if isinstance(callback, StepTimes)]
-    local = distributed.local_world_size()
+    local, storage = distributed.local_world_size(), DurableCheckpointIO()
+    strategy: Strategy = SingleDeviceStrategy(accelerator.device(), checkpoint_io=storage)
+    if distributed.world_size() > 1:
+        strategy = DDPStrategy(checkpoint_io=storage, find_unused_parameters=bool(config.model.unfreeze))
     return L.Trainer(
         accelerator=accelerator.kind(),
         devices=local,
         num_nodes=distributed.world_size() // local,
-        strategy=DDPStrategy(
-            checkpoint_io=DurableCheckpointIO(),
-            find_unused_parameters=bool(config.model.unfreeze),
-            broadcast_buffers=distributed.world_size() > 1,
-        ),
+        strategy=strategy,
         sync_batchnorm=config.trainer.sync_batchnorm,
         precision=config.trainer.precision,
         deterministic=config.trainer.deterministic,
@@ -83,24 +87,26 @@ def build_trainer(config: Config, callbacks: list[L.Callback], **options: Any) -
     )
 
 
-def prepare_network(network: nn.Module, config: TrainerConfig) -> None:
-    """Lay the weights out, and have the network compiled at its first step, as the trainer's settings say.
+def prepare_network(network: nn.Module, config: Config, size: tuple[int, int], before: dict[str, Any] | None = None) -> bool:
+    """Lay the weights out as the settings say, and have the network compiled at its first step if that wins: whether it is.
 
-    Images come from the loader with their channels together in any case, and each layer keeps the layout of its input where
-    its weights have it too. `Module.compile` keeps the names in checkpoints, which torch.compile would change.
+    Images (H, W) of `size` come from the loader with their channels together in any case, and each layer keeps the layout of
+    its input where its weights have it too. `Module.compile` keeps the names in checkpoints, which torch.compile would change.
     """
-    if config.channels_last:
+    if config.trainer.channels_last:
         network.to(memory_format=torch.channels_last)
-    if config.compile:
+    is_compiled = choose_compiled(config, network, size, before)
+    if is_compiled:
         network.compile()
+    return is_compiled
 
 
 def describe_world(trainer: L.Trainer) -> str:
     """How many processes on what, in words: `2 DDP processes (gloo, cpu)`."""
     device = trainer.strategy.root_device.type
-    backend = "nccl" if device == "cuda" else "gloo"
-    number = trainer.world_size
-    return f"{number} DDP process{'es' if number > 1 else ''} ({backend}, {device})"
+    if trainer.world_size == 1:
+        return f"1 process ({device})"
+    return f"{trainer.world_size} DDP processes ({'nccl' if device == 'cuda' else 'gloo'}, {device})"
 
 
 def fit(config: Config, *, allow_changes: bool = False) -> None:
@@ -165,10 +171,11 @@ def _fit_rank(
     L.seed_everything(config.seed, verbose=False)
     task = task_of(manifest, config)
     network = network_for(config, manifest, spec)
-    prepare_network(network, config.trainer)
+    is_compiled = prepare_network(network, config, spec.fixed_size, before)
     steps_per_epoch = training_steps_per_epoch(manifest, config.data)
-    module = Classifier(network, config, task, total_steps=steps_per_epoch * config.trainer.max_epochs)
-    writer = CheckpointWriter(config, manifest, identity, config.run_dir, before["lost"] if before else ())
+    changes = build_pixel_changes(config.data.augment, spec)
+    module = Classifier(network, config, task, steps_per_epoch * config.trainer.max_epochs, changes)
+    writer = CheckpointWriter(config, manifest, identity, config.run_dir, before["lost"] if before else (), is_compiled)
     trainer = build_trainer(config, build_callbacks(config, manifest, spec, writer, tracker), **training_options(config))
     if trainer.is_global_zero:
         place = f", going on after step {before['global_step']}" if before else ""

@@ -76,7 +76,10 @@ class StepMonitor(L.Callback):
             say(f"step {trainer.global_step + 1}: not finite, skipped{_of(suspects)} ({self._replay(trainer)})")
 
     def _are_finite(self, gradients: list[torch.Tensor]) -> bool:
-        """Ask the kernel of torch's GradScaler, one over all gradients: it takes a sixth of the time of their norm."""
+        """Ask the kernel of torch's GradScaler, one over all gradients.
+
+        Their norm, which torch's public interface has, takes 66 us a step instead of 20 where the network is small.
+        """
         if not gradients:
             return True
         if self.found is None:
@@ -91,9 +94,9 @@ class StepMonitor(L.Callback):
     def _suspects(self, trainer: L.Trainer, module: Classifier) -> list[str]:
         """Keys of the step's samples whose own loss is not finite, over all ranks."""
         keys = []
-        for batch, losses in module.step_losses():
-            rows = torch.nonzero(~torch.isfinite(losses) & (batch["weight"] > 0)).flatten().tolist()
-            keys += [_key(trainer, int(batch["index"][row])) for row in rows]
+        for part, losses in module.step_losses():
+            rows = torch.nonzero(~torch.isfinite(losses) & (part.weights > 0)).flatten().tolist()
+            keys += [_key(trainer, int(part.indices[row])) for row in rows]
         if not dist.is_initialized():
             return keys
         everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]

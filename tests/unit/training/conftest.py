@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.order import steps_per_epoch
+from pipeline.data.pixel_changes import build_pixel_changes
 from pipeline.distributed import STOP_SIGNALS
 from pipeline.manifest import DatasetManifest
 from pipeline.models.sequential import build_network
@@ -105,11 +106,14 @@ def make_classifier(tiny_dataset: DatasetManifest, spec: PreprocessSpec) -> Call
         L.seed_everything(config.seed, verbose=False)
         task = task_of(manifest, config)
         network = build_network(config.model, task.num_outputs, spec)
-        prepare_network(network, config.trainer)
+        assert spec.fixed_size is not None
+        prepare_network(network, config, spec.fixed_size)
         steps = steps_per_epoch(
             manifest.split("train").num_samples, config.data.global_batch_size, drop_last=config.data.drop_last
         )
-        return Classifier(network, config, task, total_steps=steps * config.trainer.max_epochs)
+        return Classifier(
+            network, config, task, steps * config.trainer.max_epochs, build_pixel_changes(config.data.augment, spec)
+        )
 
     return make
 

@@ -246,6 +246,7 @@ def test_a_checkpoint_says_what_it_is_and_where_training_was(
         "class_names": ["blue", "green", "red"],
         "task": "single",
         "world_size": 1,
+        "compiled": False,
         "decoder": None,  # no crops are taken
         "global_batch_size": 4,
         "cursor": {"epoch": 1, "batch": 9},

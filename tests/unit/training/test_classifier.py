@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,14 +30,51 @@ def split_of(manifest: DatasetManifest, spec: PreprocessSpec, name: str) -> tupl
     return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
 
+# ---- what Lightning writes down at each hook ----
+
+
+def test_attributes_are_those_of_a_module_whatever_takes_the_place_of_what(
+    tiny_config: Config, make_classifier: MakeClassifier
+) -> None:
+    module = make_classifier(tiny_config)
+    network, weight, ones = module.network, nn.Parameter(torch.ones(2)), torch.ones(1)
+    module.note = "word"
+    module.note = 3
+    assert module.note == 3
+    module.note = weight  # a number becomes a parameter
+    assert dict(module.named_parameters())["note"] is weight
+    with pytest.raises(TypeError, match="cannot assign"):
+        module.note = 3
+    module.note = None
+    assert "note" not in module.__dict__ and module.note is None
+    module.other = 1
+    module.other = nn.Linear(1, 1)
+    assert isinstance(dict(module.named_children())["other"], nn.Linear)
+    module.register_buffer("mean", ones)
+    with pytest.raises(TypeError, match="cannot assign"):
+        module.mean = "word"
+    module.network = None  # type: ignore[assignment]
+    assert module.network is None and "network" not in module.__dict__
+    module.network = network
+
+
 # ---- the loss ----
 
 
-def batch_of(weights: list[float]) -> Batch:
+def random_images(number: int) -> torch.Tensor:
+    return torch.randint(0, 256, (number, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def batch_of(weights: list[float], images: torch.Tensor | None = None, labels: torch.Tensor | None = None) -> Batch:
     number = len(weights)
-    images = torch.randint(0, 256, (number, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(number) % 3
-    return Batch(image=images, label=labels, weight=torch.tensor(weights), index=torch.arange(number), bad=[])
+    return Batch(
+        image=random_images(number) if images is None else images,
+        label=torch.arange(number) % 3 if labels is None else labels,
+        weight=torch.tensor(weights),
+        index=torch.arange(number),
+        seed=np.arange(number, dtype=np.uint64),
+        bad=[],
+    )
 
 
 @pytest.mark.parametrize("weights", [[1.0] * 4, [4 / 3] * 3 + [0.0]], ids=["whole", "padded"])
@@ -61,12 +99,11 @@ def test_the_loss_of_a_mixed_batch_belongs_to_both_labels(tiny_config: Config, m
     config = change(tiny_config, "model", dropout=0.0, norm="group")
     config = change(config, "data", augment=AugmentConfig(mixup=0.4))
     module = make_classifier(config)
-    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels, weights = torch.tensor([0, 1, 2, 0]), torch.ones(4)
-    loss = module.training_step(Batch(image=images, label=labels, weight=weights, index=labels, bad=[]), 0).detach()
-    mixed = mix_batch(images, labels, weights, config.data.augment, config.seed, step=0)
+    images, labels, weights = random_images(4), torch.tensor([0, 1, 2, 0]), torch.ones(4)
+    loss = module.training_step(batch_of([1.0] * 4, images, labels), 0).detach()
+    image, mixed = mix_batch(images, labels, weights, config.data.augment, config.seed, step=0)
     assert mixed is not None and 0 < float(mixed.share[0]) < 1
-    logits = module(mixed.image).detach()
+    logits = module(image).detach()
     own, other = (functional.cross_entropy(logits, each, reduction="none") for each in (labels, labels[[1, 0, 3, 2]]))
     expected = (mixed.share * own + (1 - mixed.share) * other).mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)  # float32, added in another order
@@ -124,13 +161,13 @@ def test_mixed_images_have_the_labels_of_both_in_part(
     config = change(change(tiny_config, "model", dropout=0.0, norm="group"), "data", augment=AugmentConfig(mixup=0.4))
     module = make_classifier(config, multi_dataset)
     images, labels = (part[:4] for part in rows_of(multi_dataset, spec, "train"))
-    batch = Batch(image=images, label=labels, weight=torch.ones(4), index=torch.arange(4), bad=[])
+    batch = batch_of([1.0] * 4, images, labels)
     loss = float(module.training_step(batch, 0).detach())
-    mixed = mix_batch(images, labels, batch["weight"], config.data.augment, config.seed, step=0)
+    image, mixed = mix_batch(images, labels, batch["weight"], config.data.augment, config.seed, step=0)
     assert mixed is not None
     share = mixed.share[:, None]
     targets = share * labels + (1 - share) * labels[[1, 0, 3, 2]]
-    expected = functional.binary_cross_entropy_with_logits(module(mixed.image).detach(), targets)
+    expected = functional.binary_cross_entropy_with_logits(module(image).detach(), targets)
     assert loss == pytest.approx(float(expected), rel=1e-6)  # float32
 
 
@@ -280,6 +317,7 @@ def test_two_steps_on_a_gpu_give_equal_weights_twice(
             label=batch["label"].cuda(),
             weight=batch["weight"].cuda(),
             index=batch["index"],
+            seed=batch["seed"],
             bad=[],
         )
         for number in range(2):

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from pipeline.config import Config
+from pipeline.training import compiling
 from pipeline.training.callbacks import WarmUpBuckets
 from pipeline.training.every_step import EveryStep
 from pipeline.training.monitors import StepMonitor
@@ -57,6 +58,7 @@ def test_a_compiled_network_has_the_names_and_the_weights_of_the_plain_one(
     # The real compiler takes a minute; this one calls the same kernels in the same order.
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    monkeypatch.setattr(compiling, "LEAST_GAIN", 0.0)
     compiled = fit(change(config, "trainer", compile=True), *callbacks(config))
     assert compiled.network._compiled_call_impl is not None
     plain = fit(config, *callbacks(config))
