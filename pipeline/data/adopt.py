@@ -18,7 +18,16 @@ import numpy.typing as npt
 import pipeline
 from pipeline.console import say, track
 from pipeline.data.encode import PixelSums, stats_of
-from pipeline.data.labels import RawLabel, SampleRule, are_numbers, numbered_classes, require_label_rule
+from pipeline.data.labels import (
+    CLASS_LIST,
+    RawLabel,
+    SampleRule,
+    are_numbers,
+    numbered_classes,
+    read_class_list,
+    require_label_rule,
+    require_text,
+)
 from pipeline.data.parallel import run_parallel
 from pipeline.data.shards import read_samples
 from pipeline.errors import ConfigError, DataError
@@ -38,7 +47,6 @@ from pipeline.preprocess import WHITE, open_image
 
 SPLITS = ("train", "val", "test")
 SPLIT_IN_NAME = re.compile(r"(?:^|[/_.-])(train|val|test)(?:ing|id|idation)?(?=[/_.-]|\d|$)", re.IGNORECASE)
-CLASS_LIST = "classes.txt"
 COMPRESSED_NAMES = ("*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz", "*.tar.zst")
 IMAGES_FOR_STATISTICS = 10_000
 DEFECTS_NAMED = 3
@@ -230,7 +238,7 @@ def listed_classes(folder: Path, listed: Path | None) -> list[str] | None:
         raise DataError(f"{listed}: no such list of classes (one name a line).")
     if not path.is_file():
         return None
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return read_class_list(path)
 
 
 def find_classes(folder: Path, listed: Path | None, shards: list[ReadShard]) -> list[str]:
@@ -240,6 +248,7 @@ def find_classes(folder: Path, listed: Path | None, shards: list[ReadShard]) -> 
         return given
     found = {label for shard in shards for labels in shard.labels for label in labels}
     names = sorted(label for label in found if isinstance(label, str))
+    require_text(names, str(folder))
     numbers = {label for label in found if isinstance(label, int)}
     if names and numbers:
         raise DataError(

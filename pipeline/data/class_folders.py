@@ -3,10 +3,10 @@
 - A level at which every image lies in a folder called train, val, test (or validation, testing, ...) names the split.
 - A class is the topmost folder on the way to an image that holds images itself: `animals/cat/1.jpg` is a cat, and so is
   `animals/cat/2024/2.jpg`. `class_level` names another level.
-- A class is called by its folder's name, or by its path where two class folders have one name.
+- A class is called by its folder's name, or by its path where two class folders have one name. Bytes that are not UTF-8 become
+  escapes: no JSON file, tag or page could hold them.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 
@@ -42,8 +42,9 @@ class ClassFolders:
         self._holding = {self._without_split(folder) for folder in inside} - {()}
         found = {self._class_folder(folder) for folder in self._holding} - {None}
         names = Counter(folder[-1] for folder in found if folder)
-        self._names = {folder: folder[-1] if names[folder[-1]] == 1 else "/".join(folder) for folder in found if folder}
-        self.class_names = sorted(self._names.values(), key=os.fsencode)
+        called = {folder: folder[-1] if names[folder[-1]] == 1 else "/".join(folder) for folder in found if folder}
+        self._names = {folder: name.encode(errors="backslashreplace").decode() for folder, name in called.items()}
+        self.class_names = sorted(self._names.values(), key=str.encode)
         self._labels = {name: label for label, name in enumerate(self.class_names)}
         if len(self.class_names) < 2:
             raise DataError(self._too_few(where, inside))

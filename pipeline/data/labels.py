@@ -6,12 +6,14 @@ A label is read as a number, a class name or a list of them; no member is ever u
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import IMAGE_EXTENSIONS, DatasetManifest
 
 RawLabel = int | str
+CLASS_LIST = "classes.txt"  # beside a table or shards: the classes, one a line
 # Said where somebody chooses to train on shards without an index, and again by each such training.
 TRADE_OFFS = (
     "its shards have no index: an epoch is `data.steps_per_epoch` steps of a shuffled stream, in which a sample may come twice "
@@ -102,7 +104,29 @@ def _as_label(value: Any, kind: str) -> RawLabel:
     return int(value)
 
 
-# ---- classes that are only numbered ----
+# ---- names of classes ----
+
+
+def require_text(class_names: Iterable[str], where: str) -> None:
+    """Refuse names that no JSON file or web page could hold: of odd bytes, or of half a character. Raises DataError."""
+    for name in class_names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: the class {name!a} has a name that is not UTF-8. Rename it.") from error
+
+
+def read_class_list(path: Path) -> list[str]:
+    """The classes that a file lists, one a line. Raises DataError for a file that is not UTF-8 or names a class twice."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if len(set(found)) < len(found):
+        raise DataError(f"{path}: names a class twice.")
+    return found
+
 
 # So many more numbers than classes are identifiers, and not class numbers.
 GAPS = 10

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.config import DatasetConfig
 from pipeline.data.class_folders import ClassFolders, Folder, is_image_name
+from pipeline.data.labels import require_text
 from pipeline.errors import DataError
 from pipeline.manifest import Task
 
@@ -56,6 +57,12 @@ class ImageSource(ABC):
 
 def open_source(config: DatasetConfig) -> ImageSource:
     """Return the source that the configuration names. Raises DataError."""
+    source = _open(config)
+    require_text(source.class_names, config.source)
+    return source
+
+
+def _open(config: DatasetConfig) -> ImageSource:
     if config.source == "digits":
         return Digits()
     if config.source.startswith("torchvision:"):

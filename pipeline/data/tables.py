@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.data.class_folders import split_named
-from pipeline.data.labels import are_numbers, numbered_classes
+from pipeline.data.labels import CLASS_LIST, are_numbers, numbered_classes, read_class_list
 from pipeline.data.sources import ImageSource, ListedImage, facts_of
 from pipeline.errors import DataError, nearest
 
-CLASS_LIST = "classes.txt"
 COLUMNS = ("path", "label", "split")
 SEPARATOR = "|"
 ROWS_AT_A_TIME = 10_000
@@ -60,9 +59,7 @@ class TableImages(ImageSource):
     def _class_names(self, names: set[str]) -> list[str]:
         listed = self.path.with_name(CLASS_LIST)
         if listed.is_file():
-            found = [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            if len(set(found)) < len(found):
-                raise DataError(f"{listed}: names a class twice.")
+            found = read_class_list(listed)
         elif are_numbers(names):
             found = numbered_classes(set(map(int, names)), str(self.path), f"put a {CLASS_LIST} beside it")
         else:

@@ -1,6 +1,16 @@
+from pathlib import Path
+
 import pytest
 
-from pipeline.data.labels import RawLabel, SampleRule, numbered_classes, raw_labels, require_label_rule
+from pipeline.data.labels import (
+    RawLabel,
+    SampleRule,
+    numbered_classes,
+    raw_labels,
+    read_class_list,
+    require_label_rule,
+    require_text,
+)
 from pipeline.errors import ConfigError, DataError
 
 NAMES = ("cat", "dog")
@@ -94,3 +104,19 @@ def test_numbers_that_are_no_class_numbers_are_refused_before_a_class_is_made_of
     assert numbered_classes({0, 3}, "table.csv", "") == ["0", "1", "2", "3"]
     with pytest.raises(DataError, match=r"table\.csv: its labels are numbers up to 2,021,030,401, but only 2 different ones"):
         numbered_classes({2021030400, 2021030401}, "table.csv", "put a classes.txt beside it")
+
+
+def test_a_list_of_classes_is_text_and_names_each_once(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufeffcafé \r\n\r\ntea".encode())
+    assert read_class_list(path) == ["café", "tea"]
+    for content, words in ((b"caf\xe9\ntea\n", "is not UTF-8 text .* at byte 3.* Save it as UTF-8"), (b"a\nb\na\n", "twice")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"classes\.txt: .*{words}"):
+            read_class_list(path)
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    # Half a surrogate pair, which JSON can spell and no file can hold.
+    with pytest.raises(DataError, match=r"labels\.jsonl: the class 'caf\\ud83d' has a name that is not UTF-8\. Rename it"):
+        require_text(["tea", "caf\ud83d"], "labels.jsonl")

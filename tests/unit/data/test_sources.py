@@ -129,7 +129,7 @@ def test_images_beside_the_class_folders_of_a_split_belong_to_no_class(tmp_path:
 @pytest.mark.parametrize("name", ["with space", "Käfer", "漢字", "line\nbreak", os.fsdecode(b"latin-\xe4")])
 def test_names_of_any_letters_work(name: str, tmp_path: Path) -> None:
     images_at(tmp_path, f"{name}/{name}.jpg", "other/1.jpg")
-    assert listed(tmp_path)[f"{name}/{name}.jpg"] == name
+    assert listed(tmp_path)[f"{name}/{name}.jpg"] == name.replace("\udce4", r"\udce4")  # a class is called by text
     assert opened(tmp_path).read(f"{name}/{name}.jpg") == b"x"
 
 
