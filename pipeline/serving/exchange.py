@@ -1,9 +1,10 @@
 """A request as a route sees it, and the answer that it gives: once, now or later."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+import orjson
 
 JSON = "application/json"
 AGAIN = (("retry-after", "1"),)  # seconds
@@ -21,7 +22,7 @@ class Response:
 
 def json_response(value: object, status: int = 200) -> Response:
     """`value` as JSON."""
-    return Response(status, json.dumps(value).encode())
+    return Response(status, orjson.dumps(value))
 
 
 class RefusedError(Exception):
@@ -33,7 +34,7 @@ class RefusedError(Exception):
 
     def response(self) -> Response:
         """The answer that says so, `{"error": ...}` on every route."""
-        return Response(self.status, json.dumps({"error": str(self)}).encode(), JSON, self.headers)
+        return Response(self.status, orjson.dumps({"error": str(self)}), JSON, self.headers)
 
 
 class Sender(Protocol):

@@ -50,5 +50,7 @@ def _file_name(head: bytes) -> str:
         if key.strip().lower() == b"content-disposition":
             found = {name.lower(): quoted or plain for name, quoted, plain in PARAMETER.findall(value)}
             name = found.get(b"filename") or found.get(b"name") or b""
-            return re.sub(rb"\\(.)", rb"\1", name).decode("utf-8", errors="replace")[:200]
+            if b"\\" in name:
+                name = re.sub(rb"\\(.)", rb"\1", name)
+            return name.decode("utf-8", errors="replace")[:200]
     return ""

@@ -1,7 +1,6 @@
 """A model that is served: proved, warmed up, with the name and version by which clients ask for it."""
 
 import functools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +65,9 @@ class ServedModel:
         return self.predictor.class_names
 
     @functools.cached_property
-    def head(self) -> str:
-        """The model in an answer, as JSON."""
-        return json.dumps({"name": self.name, "version": self.version, "sha256": self.sha256})
-
-    @functools.cached_property
-    def labels(self) -> list[str]:
-        """The classes as JSON strings."""
-        return [json.dumps(name) for name in self.class_names]
+    def head(self) -> dict[str, str]:
+        """The model in an answer."""
+        return {"name": self.name, "version": self.version, "sha256": self.sha256}
 
     def answer(self, images: npt.NDArray[np.uint8]) -> Answers:
         """Answers to uint8 images (N, 3, H, W)."""

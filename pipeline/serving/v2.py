@@ -5,7 +5,6 @@ the header Inference-Header-Content-Length, and the bytes of the tensors follow 
 """
 
 import itertools
-import json
 import math
 import re
 import urllib.parse
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from pipeline.serving.exchange import RefusedError, Request, Response
 from pipeline.serving.served import Answers, ServedModel
@@ -84,9 +84,10 @@ def json_length(request: Request) -> int:
 
 def read_infer(body: bytes | bytearray, num_json_bytes: int, model: ServedModel) -> Inference:
     """Read a request for inference. Raises RefusedError."""
+    content = memoryview(body)
     try:
-        asked = json.loads(body[:num_json_bytes])
-    except (ValueError, RecursionError) as error:  # ValueError also of numbers too long, and of bytes that are not UTF-8
+        asked = orjson.loads(content[:num_json_bytes])
+    except ValueError as error:  # also of what is nested too deeply, and of bytes that are not UTF-8
         raise RefusedError(400, f"the request is not JSON ({str(error)[:100]}).") from error
     if not isinstance(asked, dict):
         raise RefusedError(400, "the request is not a JSON object.")
@@ -96,7 +97,7 @@ def read_infer(body: bytes | bytearray, num_json_bytes: int, model: ServedModel)
     request_id = asked.get("id", "")
     if not isinstance(request_id, str) or len(request_id) > 1000:
         raise RefusedError(400, "`id` must be a string.")
-    images = _read_tensor(inputs[0], memoryview(body)[num_json_bytes:], model)
+    images = _read_tensor(inputs[0], content[num_json_bytes:], model)
     return Inference(images, request_id, _wanted_outputs(asked))
 
 
@@ -183,7 +184,7 @@ def infer_response(model: ServedModel, answers: Answers, asked: Inference) -> Re
     said: dict[str, Any] = {"model_name": model.name, "model_version": model.version, "outputs": outputs}
     if asked.request_id:
         said["id"] = asked.request_id
-    head = json.dumps(said).encode()
+    head = orjson.dumps(said)
     if not binary:
         return Response(200, head)
     return Response(200, b"".join([head, *binary]), BINARY_TYPE, ((LENGTH_HEADER.decode(), str(len(head))),))

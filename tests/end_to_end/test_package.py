@@ -22,8 +22,8 @@ from tests.processes import shardline, wait_until
 REPOSITORY = Path(__file__).parents[2]
 # What the base and `serve` may bring; a new one is looked at, and then named here.
 BROUGHT = {
-    "flatbuffers", "httptools", "jsonargparse", "markdown-it-py", "mdurl", "numpy", "onnxruntime", "packaging", "pillow",
-    "protobuf", "pygments", "pyyaml", "rich", "shardline", "uvloop",
+    "flatbuffers", "httptools", "jsonargparse", "markdown-it-py", "mdurl", "numpy", "onnxruntime", "orjson",
+    "packaging", "pillow", "protobuf", "pygments", "pyyaml", "rich", "shardline", "uvloop",
 }  # fmt: skip
 pytestmark = pytest.mark.timeout(960)  # the first test of an installation downloads it
 NO_NETWORK = re.compile("Failed to establish a new connection|Temporary failure in name resolution|Network is unreachable")

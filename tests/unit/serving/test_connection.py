@@ -264,7 +264,7 @@ def test_http_1_0_and_head_and_close_are_understood(server: Server) -> None:
     assert answer_of(wire)[1]["connection"] == "keep-alive"
     feed(server, connection, b"HEAD /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
     status, headers, body = answer_of(wire, 2)
-    assert (status, body, headers["content-length"]) == (200, b"", "19")
+    assert (status, body, headers["content-length"]) == (200, b"", "18")
     assert wire.is_closed
 
 
