@@ -4,6 +4,7 @@ A version is made by the process that delivers a run's journal, which may be kil
 between. So each step first looks for what an earlier try has left: one file of one run makes one version, whatever happens.
 """
 
+import datetime
 import re
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION = "candidate", "champion"
 LOGGED_NAME = "onnx"
 SHA256_TAG = "onnx_sha256"
+EXPORTED_TAG = "exported_at"  # the last time, UTC: sorts as text
 # models:/NAME/VERSION or models:/NAME@ALIAS
 REGISTERED = re.compile(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))")
 
@@ -42,7 +44,7 @@ def register_model(client: "MlflowClient", run_id: str, run_dir: Path, entry: di
         logged = _log_once(client, run_id, run_dir, entry)
         _make_registered_model(client, entry)
         version = _make_version(client, run_id, logged, entry)
-    _move_candidate(client, version)
+    _move_candidate(client, version, _utc(entry["time"]))
     return str(version.version)
 
 
@@ -147,7 +149,7 @@ def _make_registered_model(client: "MlflowClient", entry: dict[str, Any]) -> Non
             entry["name"],
             tags={"task": entry["task"]},
             description=f"Image classifier ({entry['task']}) by Shardline. Every version is an ONNX file that was proved to "
-            f"answer as the trained network does. `{CANDIDATE}`: the latest; `{CHAMPION}`: the best (`shardline promote`).",
+            f"answer as the trained network does. `{CANDIDATE}`: exported last; `{CHAMPION}`: the best (`shardline promote`).",
         )
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
@@ -165,7 +167,7 @@ def _make_version(client: "MlflowClient", run_id: str, logged: "LoggedModel", en
         source=f"models:/{logged.model_id}",
         run_id=run_id,
         model_id=logged.model_id,
-        tags={**entry["tags"], "run_id": run_id},
+        tags={**entry["tags"], "run_id": run_id, EXPORTED_TAG: _utc(entry["time"])},
         description=f"{entry['description']}\n\n[run]({run})",
     )
     first = _version_of(client, entry["name"], run_id, entry["tags"][SHA256_TAG])
@@ -175,11 +177,23 @@ def _make_version(client: "MlflowClient", run_id: str, logged: "LoggedModel", en
     return first
 
 
-def _move_candidate(client: "MlflowClient", version: "ModelVersion") -> None:
-    """Point `candidate` to this version, unless it points to a later one: what is sent again may be old."""
+def _move_candidate(client: "MlflowClient", version: "ModelVersion", exported: str) -> None:
+    """Point `candidate` to what was exported last: that may be an earlier file again, and what is sent again may be old."""
+    if _exported_at(version) < exported:
+        client.set_model_version_tag(version.name, version.version, EXPORTED_TAG, exported)
     now = alias_version(client, version.name, CANDIDATE)
-    if now is None or int(now.version) < int(version.version):
+    last = (max(_exported_at(version), exported), int(version.version))
+    if now is None or (_exported_at(now), int(now.version)) < last:
         client.set_registered_model_alias(version.name, CANDIDATE, version.version)
+
+
+def _exported_at(version: "ModelVersion") -> str:
+    return str(version.tags.get(EXPORTED_TAG) or _utc(version.creation_timestamp))
+
+
+def _utc(milliseconds: int) -> str:
+    moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds")
 
 
 def require_registered(model: str) -> None:

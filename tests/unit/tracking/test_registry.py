@@ -24,11 +24,15 @@ def outputs(registry: Registry, run_id: str) -> list[str]:
     return [output.model_id for output in found.model_outputs] if found else []
 
 
+def utc(milliseconds: int) -> str:
+    return f"{np.datetime64(milliseconds, 'ms')}+00:00"
+
+
 def test_a_model_becomes_a_version_that_says_where_it_came_from(registry: Registry, run_dir: Path) -> None:
     run_id, entry = registry.run(), model_entry(run_dir, "plain")
     assert register_model(registry.client, run_id, run_dir, entry) == "1"
     version = registry.client.get_model_version("plain", "1")
-    assert version.tags == {**entry["tags"], "run_id": run_id}
+    assert version.tags == {**entry["tags"], "run_id": run_id, "exported_at": utc(entry["time"])}
     assert version.run_id == run_id
     link = f"#/experiments/{registry.experiment_id}/runs/{run_id}?workflowType=machine_learning"
     assert version.description == f"**test accuracy 0.9722** on 360 images\n\n[run]({link})"
@@ -136,6 +140,25 @@ def test_the_candidate_is_the_latest_and_never_goes_back(
     candidate = alias_version(registry.client, "moving", "candidate")
     assert candidate is not None
     assert int(candidate.version) == 2
+
+
+def test_a_file_that_is_exported_again_is_the_candidate_again(registry: Registry, run_dir: Path) -> None:
+    run_id, path = registry.run(), run_dir / "export/model.onnx"
+    one, entry = path.read_bytes(), model_entry(run_dir, "back")
+    entries = [entry]
+    register_model(registry.client, run_id, run_dir, entry)
+    path.write_bytes(one + b"\x72\x00")
+    entries.append({**model_entry(run_dir, "back"), "time": entry["time"] + 1000})
+    assert register_model(registry.client, run_id, run_dir, entries[1]) == "2"
+    path.write_bytes(one)
+    entries.append({**entry, "time": entry["time"] + 2000})
+    assert register_model(registry.client, run_id, run_dir, entries[2]) == "1"
+    for sent in (None, 0, 2):  # what was said before may be sent again
+        if sent is not None:
+            register_model(registry.client, run_id, run_dir, entries[sent])
+        candidate = alias_version(registry.client, "back", "candidate")
+        assert candidate is not None and int(candidate.version) == 1
+    assert registry.client.get_model_version("back", "1").tags["exported_at"] == utc(entry["time"] + 2000)
 
 
 def test_another_file_of_the_same_run_is_another_version(registry: Registry, run_dir: Path) -> None:
