@@ -141,11 +141,11 @@ def measure_memory(epochs: int, **arguments: Any) -> Figures:
     return figures
 
 
-def measure_step(folder: str, steps: int) -> Figures:
-    """Microseconds of CPU that a training step takes: `pipeline.bench.step`."""
+def measure_step(folder: str, steps: int, rounds: int) -> Figures:
+    """Microseconds of CPU that a training step takes, the least of some rounds: `pipeline.bench.step`."""
     from pipeline.bench.step import step_costs
 
-    return {name: figures["least"] for name, figures in step_costs(Path(folder), steps, rounds=1).items()}
+    return {name: figures["us a step"] for name, figures in step_costs(Path(folder), steps, rounds).items()}
 
 
 def measure_read(name: str, dataset: str) -> Figures:

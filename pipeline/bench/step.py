@@ -5,8 +5,8 @@ turn is the least of WINDOW steps in a row, one of which writes the points of th
 a busy machine only ever adds.
 
 All contenders train the same tiny network on the same batch, which lies ready in memory. They take turns in one process, so
-that a machine that is busy with something else for a while slows all of them alike. The bare Trainer has DDP, and no logger,
-no bar and no callback; ours has all of it and writes its curves down, but the process that delivers them to MLflow is not
+that a machine that is busy with something else for a while slows all of them alike. The bare Trainer has no logger, no bar
+and no callback; ours has all of it and writes its curves down, but the process that delivers them to MLflow is not
 started: it would slow down the turns of ours alone.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional
 
@@ -159,7 +158,6 @@ def _train_bare(material: Material, steps: Steps) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
-        strategy=DDPStrategy(broadcast_buffers=False),  # as ours for one process
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,

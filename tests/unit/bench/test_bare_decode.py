@@ -15,12 +15,12 @@ from pipeline.data.native import DECODED, SAMPLE, CropReader, is_built
 
 NUM_IMAGES = 48
 ROUNDS = 7
-# About 0.9 beside a bare libjpeg-turbo decode on an idle machine; a crop that decoded everything would be at 1.6.
-WIDEST_RATIO = 1.3
+# About 0.7 beside a bare libjpeg-turbo decode, 0.9 where libjpeg reads the Huffman codes.
+WIDEST_RATIO = 1.0
 
 
 @pytest.mark.skipif(not is_built(), reason="the native decoder is not built")
-def test_a_crop_costs_less_than_a_bare_decode_and_a_bit(tmp_path: Path) -> None:
+def test_a_crop_costs_less_than_a_bare_decode(tmp_path: Path) -> None:
     paths = sorted(make_images(tmp_path, NUM_IMAGES).rglob("*.jpg"))
     contents = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in paths]
     samples = np.zeros(NUM_IMAGES, SAMPLE)
@@ -42,6 +42,7 @@ def test_a_crop_costs_less_than_a_bare_decode_and_a_bit(tmp_path: Path) -> None:
     finally:
         for file in samples["file"]:
             os.close(file)
+    print(f"a crop takes {ratio[0] / ratio[1]:.2f} of a bare decode")
     assert ratio[0] / ratio[1] < WIDEST_RATIO
 
 

@@ -34,6 +34,15 @@ def test_reading_is_measured_and_judged(tmp_path: Path) -> None:
     assert "| reading without decoding beside webdataset | " in table and "\nOur crops are decoded by " in table
 
 
+def test_a_training_step_is_measured_and_judged(tmp_path: Path) -> None:
+    benchmark = run_benchmark(tmp_path, ["step"], num_images=64, num_workers=1, rounds=1, steps=100)
+    figures = benchmark.figures["step"]
+    assert figures.keys() == {"plain loop", "bare Trainer", "shardline train"}
+    (target,) = benchmark.targets
+    assert target.value == figures["shardline train"]["cpu_us"] - figures["bare Trainer"]["cpu_us"]
+    assert target.met == (target.value <= 100)
+
+
 def test_a_data_set_of_a_hundred_million_samples_is_opened(tmp_path: Path) -> None:
     figures = measure_open(str(make_synthetic(tmp_path / "synthetic")), share=0.9)
     assert (figures["samples"], figures["index_bytes_a_sample"], figures["batch"]) == (100_000_000, 20, 64)
