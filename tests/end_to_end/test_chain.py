@@ -206,7 +206,8 @@ def test_a_calibration_on_other_images_ends_with_exit_3_and_the_model_stays(
 
 def test_the_model_answers_where_no_torch_is_installed(workspace: Path, chain: dict[str, str], tmp_path: Path) -> None:
     with tarfile.open(next((workspace / "data/digits").glob("test-*.tar"))) as tar:
-        tar.extractall(tmp_path, members=tar.getmembers()[:20], filter="data")
+        for member in tar.getmembers()[:20]:
+            (tmp_path / member.name).write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]
     images = sorted(tmp_path.glob("*.jpg"))
     labels = [image.with_suffix(".cls").read_text() for image in images]
     for name in NOT_IN_BASE:

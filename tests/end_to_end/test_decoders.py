@@ -50,5 +50,6 @@ def test_both_decoders_teach_equally_well(data: str, size: str, flip: float, epo
     share = statistics.mean(means.values())
     noise = 2 * math.sqrt(2 * share * (1 - share) / num_answers)  # two standard errors of the difference of two shares
     print(data, found, f"noise {noise:.3f}")
-    assert share > 0.8, "nothing was learned that could differ"
+    # A tile's photograph is plain, its half is not where images are mirrored; the commonest class is right in 0.3.
+    assert share > 0.6, "nothing was learned that could differ"
     assert abs(means["native"] - means["torchvision"]) <= noise, found

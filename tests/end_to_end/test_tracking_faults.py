@@ -150,8 +150,9 @@ def test_a_server_that_fails_throughout(workspace: Path, server: MlflowServer, p
 
 def test_a_server_that_takes_its_time(workspace: Path, server: MlflowServer, proxy: Proxy) -> None:
     proxy.fault = "slow"
-    train(workspace, "slow", proxy.uri, left_alone, SHORT, MLFLOW_HTTP_REQUEST_TIMEOUT="30")
-    assert proxy.num_requests >= 1
+    train(workspace, "slow", proxy.uri, left_alone, LONG, MLFLOW_HTTP_REQUEST_TIMEOUT="30")
+    # What delivers has MLflow to import first, which may take longer than all of the training.
+    wait_until(lambda: proxy.num_requests >= 1, "a request")
     proxy.fault = "none"
     require_all_there(workspace, "slow", server)
 
