@@ -55,6 +55,10 @@ $(READY): requirements.lock pyproject.toml
 		{ echo "error: $$($(PYTHON) --version) is too old; name Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+	@test -x $(VENV)/bin/python || { mkdir -p $(VENV); free=$$(df -Pm $(VENV) | awk 'NR == 2 { print $$4 }'); \
+		needed=$(if $(TORCH_INDEX),3000,7500); test "$$free" -ge "$$needed" || { rmdir $(VENV) 2> /dev/null || true; \
+		echo "error: $(VENV) needs $$needed MB, and its disk has $$free MB left; make room, or name another place: make VENV=/path" >&2; \
+		exit 2; }; }
 	@echo "setting up $(VENV) (once; torch is a large download)"
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@install() { $(VENV)/bin/pip install --disable-pip-version-check --no-input --quiet "$$@" >> $(VENV)/setup.log 2>&1 || \

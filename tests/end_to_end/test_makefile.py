@@ -70,6 +70,20 @@ def test_no_python_is_one_line(clone: Path) -> None:
     assert errors(done) == ["error: no Python found; install Python 3.11 or newer with its venv module"]
 
 
+def test_a_full_disk_is_one_line_before_anything_is_made(clone: Path) -> None:
+    df = clone / "bin/df"
+    df.parent.mkdir()
+    df.write_text('#!/bin/bash\nprintf "Filesystem 1M Used Available\\n/dev/sda 9000 8713 287\\n"\n')
+    df.chmod(0o755)
+    python = fake_python(clone, ":")
+    done = make(clone, "setup", f"PYTHON={python}", PATH=f"{df.parent}:{os.environ['PATH']}")
+    assert done.returncode == 2
+    remedy = "make room, or name another place: make VENV=/path"
+    assert errors(done) == [f"error: .venv needs 7500 MB, and its disk has 287 MB left; {remedy}"]
+    assert not (clone / ".venv").exists()
+    assert "-m venv" not in (clone / "calls").read_text()
+
+
 @pytest.fixture
 def recorded(clone: Path) -> Path:
     """A checkout whose Python makes an environment with a pip that only writes down its arguments."""
