@@ -2,7 +2,7 @@
 
    The last bytes of an input choose the crop, what comes before them is the JPEG. Beyond memory errors, an input is a finding
    where two ways to the same pixels differ: AVX2 and portable C, our reader of Huffman codes and libjpeg's, fresh and used memory, a
-   window and the whole image, the file and the same with restart markers. */
+   window and the whole image, a crop and what is cut out of it, the file and the same with restart markers. */
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -95,6 +95,29 @@ static void compare_with_whole(const uint8_t *jpeg, size_t size, const struct bo
     jpeg_destroy_decompress(&plain.info);
 }
 
+/* ---- the same without a filter: a crop at its own size is cut out of the whole image ---- */
+
+static void compare_with_cut(const uint8_t *jpeg, size_t size, const struct header *header, const struct box *box, int mirrored,
+                             struct scratch *scratch) {
+    int height, width;
+    upright_size(header, &height, &width);
+    struct box all = {0, 0, height, width};
+    struct target whole = {height, width, 0, MAX_PIXELS}, part = {box->height, box->width, mirrored, MAX_PIXELS};
+    size_t row = 3 * (size_t)box->width;
+    uint8_t *pixels = calloc(3 * (size_t)height, (size_t)width), *cut = calloc(row, (size_t)box->height);
+    if (decode_crop(jpeg, size, header, &all, &whole, scratch, pixels) == DECODED) {
+        require(decode_crop(jpeg, size, header, box, &part, scratch, cut) == DECODED, "a part of an image cannot be decoded");
+        for (int y = 0; y < box->height; y++)
+            for (int x = 0; x < box->width; x++) {
+                int from = box->left + (mirrored ? box->width - 1 - x : x);
+                const uint8_t *expected = pixels + 3 * ((size_t)(box->top + y) * (size_t)width + (size_t)from);
+                require(!memcmp(cut + row * (size_t)y + 3 * (size_t)x, expected, 3), "a crop has other pixels than the image");
+            }
+    }
+    free(pixels);
+    free(cut);
+}
+
 /* ---- one input ---- */
 
 static int has_restarts(const uint8_t *jpeg, size_t size) {
@@ -173,6 +196,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t data_size) {
         require(slow == DECODED || (has_restarts(jpeg, size) && !is_all), "libjpeg cannot read what we can");
         require(slow != DECODED || !memcmp(pixels, others, length), "libjpeg reads other coefficients than we do");
         if (header.orientation == 1 && header.num_components != 4) compare_with_whole(jpeg, size, &box, &target, pixels);
+        compare_with_cut(jpeg, size, &header, &box, target.mirrored, &used);
     }
     require(slow != DECODED || status == DECODED, "libjpeg can read what we cannot");
     uint64_t num_pixels = (uint64_t)header.width * (uint64_t)header.height;

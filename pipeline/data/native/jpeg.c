@@ -29,9 +29,10 @@ uint8_t *room(struct buffer *buffer, size_t size) {
 void shrink_scratch(struct scratch *scratch, size_t most) {
     struct buffer *all[] = {&scratch->encoded,  &scratch->pixels, &scratch->resized, &scratch->turned,
                             &scratch->unpacked, &scratch->tables, &scratch->weights};
-    size_t held = 0;
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) held += all[i]->size;
-    for (size_t i = 0; held > most && i < sizeof all / sizeof *all; i++) {
+    size_t held = 0, number = sizeof all / sizeof *all;
+    for (size_t i = 0; i < number; i++) held += all[i]->size;
+    if (held <= most) return;
+    for (size_t i = 0; i < number; i++) {
         free(all[i]->bytes);
         all[i]->bytes = NULL;
         all[i]->size = 0;
@@ -94,14 +95,15 @@ static enum status read_frame(const uint8_t *segment, size_t size, struct header
     int known = header->num_components == 1 || header->num_components == 3 || header->num_components == 4;
     if (segment[0] != 8 || !known || !header->height || !header->width) return NOT_SUPPORTED;
     if (size < 6 + 3 * (size_t)header->num_components) return BROKEN;
-    int across = 1, down = 1;
+    int across = 1, down = 1, has_half = 0;
     for (int i = 0; i < header->num_components; i++) {
         int factors = segment[7 + 3 * i];
         if (factors >> 4 > across) across = factors >> 4;
         if ((factors & 15) > down) down = factors & 15;
+        has_half |= factors >> 4 == 2;
     }
     /* 4:1:0 and the like: libjpeg makes other pixels of some windows than of the whole image. */
-    if (header->num_components > 1 && across * down > 4) return NOT_SUPPORTED;
+    if (header->num_components > 1 && (across * down > 4 || (across == 4 && has_half))) return NOT_SUPPORTED;
     header->mcu_width = header->num_components == 1 ? 8 : 8 * across; /* one component is never interleaved */
     header->mcu_height = header->num_components == 1 ? 8 : 8 * down;
     return DECODED;
@@ -330,8 +332,8 @@ static enum status decode(const uint8_t *jpeg, size_t size, const struct header 
     decoder.by_libjpeg = by_libjpeg;
     attempt(&decoder, header, box, height, width, scratch, window);
     jpeg_destroy_decompress(&decoder.info);
-    return decoder.is_unusual && code_readers != ONLY_WE ? decode(jpeg, size, header, box, height, width, 1, scratch, window)
-                                                          : decoder.status;
+    if (!decoder.is_unusual || code_readers == ONLY_WE) return decoder.status;
+    return decode(jpeg, size, header, box, height, width, 1, scratch, window);
 }
 
 /* ---- a crop ---- */

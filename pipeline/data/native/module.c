@@ -156,13 +156,14 @@ struct sample {
 };
 
 struct batch {
-    Py_buffer samples, out, statuses;
+    Py_buffer given, out, statuses;
+    struct sample *samples; /* a copy of what was given: it stays as it was checked, whoever writes there meanwhile */
     double smallest, flip;
     struct target target;
 };
 
 static int rows_fit(const struct batch *batch, Py_ssize_t number) {
-    const struct sample *samples = batch->samples.buf;
+    const struct sample *samples = batch->samples;
     Py_ssize_t num_rows = 0;
     for (Py_ssize_t i = 0; i < number; i++) {
         if (samples[i].row < 0 || samples[i].size < 0) return 0;
@@ -174,7 +175,7 @@ static int rows_fit(const struct batch *batch, Py_ssize_t number) {
 static void read_batch(struct batch *batch, Py_ssize_t number, struct scratch *scratch) {
     size_t each = 3 * (size_t)batch->target.height * (size_t)batch->target.width;
     for (Py_ssize_t i = 0; i < number; i++) {
-        const struct sample *sample = (const struct sample *)batch->samples.buf + i;
+        const struct sample *sample = &batch->samples[i];
         size_t size = (size_t)sample->size;
         uint8_t *bytes = room(&scratch->encoded, size + 1), *out = (uint8_t *)batch->out.buf + each * (size_t)sample->row;
         enum status status = bytes ? read_whole(sample->file, bytes, size, sample->offset) : NO_MEMORY;
@@ -189,12 +190,14 @@ static PyObject *py_read_crops(PyObject *self, PyObject *args) {
     struct batch batch;
     unsigned long long max_pixels;
     memset(&batch, 0, sizeof batch);
-    if (!PyArg_ParseTuple(args, "y*ddKiiw*w*", &batch.samples, &batch.smallest, &batch.flip, &max_pixels, &batch.target.height,
+    if (!PyArg_ParseTuple(args, "y*ddKiiw*w*", &batch.given, &batch.smallest, &batch.flip, &max_pixels, &batch.target.height,
                           &batch.target.width, &batch.out, &batch.statuses))
         return NULL;
     batch.target.max_pixels = max_pixels;
-    Py_ssize_t number = batch.samples.len / (Py_ssize_t)sizeof(struct sample);
-    int fits = batch.samples.len == (Py_ssize_t)sizeof(struct sample) * number &&
+    Py_ssize_t size = batch.given.len, number = size / (Py_ssize_t)sizeof(struct sample);
+    batch.samples = malloc((size_t)size + 1);
+    if (batch.samples) memcpy(batch.samples, batch.given.buf, (size_t)size);
+    int fits = batch.samples && size == (Py_ssize_t)sizeof(struct sample) * number &&
                batch.statuses.len == (Py_ssize_t)sizeof(int32_t) * number && rows_fit(&batch, number);
     struct scratch *scratch = fits ? borrow_scratch() : NULL;
     if (scratch) {
@@ -203,8 +206,11 @@ static PyObject *py_read_crops(PyObject *self, PyObject *args) {
         Py_END_ALLOW_THREADS;
         return_scratch(scratch);
     }
-    Py_buffer *all[] = {&batch.samples, &batch.out, &batch.statuses};
+    Py_buffer *all[] = {&batch.given, &batch.out, &batch.statuses};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) PyBuffer_Release(all[i]);
+    int is_copied = batch.samples != NULL;
+    free(batch.samples);
+    if (!is_copied) return PyErr_NoMemory();
     if (!fits) return PyErr_Format(PyExc_ValueError, "the buffers of %zd samples do not fit together", number);
     if (!scratch) return PyErr_NoMemory();
     Py_RETURN_NONE;
@@ -228,9 +234,9 @@ static PyObject *py_with_restarts(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "y*IK", &jpeg, &interval, &max_pixels)) return NULL;
     uint8_t *out = NULL;
     size_t size = 0;
-    char reason[MAX_REASON] = "";
+    char reason[MAX_REASON] = "a restart interval has 1 to 65535 MCUs";
     Py_BEGIN_ALLOW_THREADS;
-    add_restarts(jpeg.buf, (size_t)jpeg.len, interval, max_pixels, &out, &size, reason);
+    if (interval >= 1 && interval <= 65535) add_restarts(jpeg.buf, (size_t)jpeg.len, interval, max_pixels, &out, &size, reason);
     Py_END_ALLOW_THREADS;
     PyBuffer_Release(&jpeg);
     PyObject *result = out ? PyBytes_FromStringAndSize((const char *)out, (Py_ssize_t)size) : NULL;

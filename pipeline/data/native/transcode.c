@@ -69,18 +69,39 @@ static void end(j_compress_ptr to) {
 
 /* ---- from one file to the other ---- */
 
-static int is_segment(jpeg_saved_marker_ptr marker, int number, const char *name, unsigned length) {
-    return marker->marker == JPEG_APP0 + number && marker->data_length >= length && !memcmp(marker->data, name, length);
+struct segment {
+    int marker;
+    const uint8_t *content;
+    unsigned length;
+};
+
+static int is_called(const struct segment *segment, int marker, const char *name, unsigned length) {
+    return segment->marker == marker && segment->length >= length && !memcmp(segment->content, name, length);
 }
 
-/* All other segments in their order. JFIF's and Adobe's are written by libjpeg itself, from what it read; an index of further
-   pictures behind the end of the first (CIPA DC-007) goes with those, which are no part of a JPEG. */
-static void copy_segments(struct jpeg_decompress_struct *from, struct jpeg_compress_struct *to) {
-    for (jpeg_saved_marker_ptr marker = from->marker_list; marker; marker = marker->next) {
-        if (to->write_JFIF_header && is_segment(marker, 0, "JFIF\0", 5)) continue;
-        if (to->write_Adobe_marker && is_segment(marker, 14, "Adobe", 5)) continue;
-        if (is_segment(marker, 2, "MPF\0", 4)) continue;
-        jpeg_write_marker(to, marker->marker, marker->data, marker->data_length);
+/* JFIF's and Adobe's are written by libjpeg itself, from what it read; an index of further pictures behind the end of the first
+   (CIPA DC-007) goes with those, which are no part of a JPEG. */
+static int is_copied(const struct segment *segment, const struct jpeg_compress_struct *to) {
+    if (to->write_JFIF_header && is_called(segment, JPEG_APP0, "JFIF\0", 5)) return 0;
+    if (to->write_Adobe_marker && is_called(segment, JPEG_APP0 + 14, "Adobe", 5)) return 0;
+    if (is_called(segment, JPEG_APP0 + 2, "MPF\0", 4)) return 0;
+    return segment->marker == JPEG_COM || (segment->marker >= JPEG_APP0 && segment->marker <= JPEG_APP0 + 15);
+}
+
+/* All other segments in their order, from the file, which libjpeg has read to its end: the list that it can make of them costs the
+   square of their number. */
+static void copy_segments(const uint8_t *at, const uint8_t *end, struct jpeg_compress_struct *to) {
+    enum { ZERO = 0, TEM = 0x01, RST0 = 0xD0, SOI = 0xD8, EOI = 0xD9, FILL = 0xFF };
+    while ((at = memchr(at, 0xFF, (size_t)(end - at))) && end - at >= 4) {
+        int marker = at[1];
+        if (marker == EOI) return;
+        at += marker == FILL ? 1 : 2;
+        if (marker == ZERO || marker == FILL || marker == TEM || (marker >= RST0 && marker <= SOI)) continue;
+        struct segment segment = {marker, at + 2, 256u * at[0] + at[1]};
+        if (segment.length < 2 || segment.length > (size_t)(end - at)) return;
+        at += segment.length;
+        segment.length -= 2;
+        if (is_copied(&segment, to)) jpeg_write_marker(to, marker, segment.content, segment.length);
     }
 }
 
@@ -121,8 +142,6 @@ static void transcode(struct transcoder *transcoder, const uint8_t *jpeg, size_t
     jpeg_create_compress(to);
     from->progress = &transcoder->progress;
     jpeg_mem_src(from, jpeg, (unsigned long)size);
-    jpeg_save_markers(from, JPEG_COM, 0xFFFF);
-    for (int number = 0; number < 16; number++) jpeg_save_markers(from, JPEG_APP0 + number, 0xFFFF);
     jpeg_read_header(from, TRUE);
     if ((uint64_t)from->image_width * from->image_height > max_pixels) give_up(transcoder, "More pixels than an image may have");
     jvirt_barray_ptr *coefficients = jpeg_read_coefficients(from);
@@ -133,7 +152,7 @@ static void transcode(struct transcoder *transcoder, const uint8_t *jpeg, size_t
     to->optimize_coding = TRUE; /* its own Huffman tables win back what the markers cost */
     to->dest = &transcoder->destination;
     jpeg_write_coefficients(to, coefficients);
-    copy_segments(from, to);
+    copy_segments(jpeg, jpeg + size, to);
     jpeg_finish_compress(to);
     require_same(transcoder, coefficients);
 }

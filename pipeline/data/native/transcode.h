@@ -8,8 +8,8 @@
 #define MAX_REASON 200
 
 /* The same JPEG, coefficient for coefficient (read again and compared) and with all of its other segments, with a restart marker
-   every `interval` MCUs; malloc'ed. NULL with a reason where there is none to be had. What lies behind the end of the JPEG is left
-   out. */
+   every `interval` MCUs, 1 to 65535; malloc'ed. NULL with a reason where there is none to be had. What lies behind the end of the
+   JPEG is left out, and so is JFIF's thumbnail. */
 void add_restarts(const uint8_t *jpeg, size_t size, unsigned interval, uint64_t max_pixels, uint8_t **out, size_t *out_size,
                   char *reason);
 

@@ -95,6 +95,30 @@ def test_what_a_file_says_besides_its_pixels_stays() -> None:
     assert [part for part in segments(with_restarts(jpeg, 4)) if part[0] >= 0xE0] == kept
 
 
+@pytest.mark.timeout(60)  # libjpeg's own list of them took as many seconds for a third of this number
+def test_many_segments_take_no_more_time_each_than_few() -> None:
+    jpeg = grey(ahead=300_000 * segment(0xFE, b""))
+    rewritten = with_restarts(jpeg, 4)
+    assert rewritten.count(segment(0xFE, b"")) == 300_000
+    assert with_restarts(rewritten, 4) == rewritten
+
+
+def test_what_stands_between_scans_stays_too() -> None:
+    jpeg = as_jpeg(noise(40, 50), progressive=True)
+    ahead, first, *more = jpeg.split(b"\xff\xda")
+    comment = b"\xff\xff" + segment(0xFE, b"\xff\xda of a scan")
+    between = (comment + b"\xff\xda").join([ahead + b"\xff\xda" + first, *more])
+    kept = [content for marker, content in segments(with_restarts(between, 4)) if marker == 0xFE]
+    assert kept == [b"\xff\xda of a scan"] * len(more)
+    assert np.array_equal(pixels(with_restarts(between, 4)), pixels(jpeg))
+
+
+@pytest.mark.parametrize("interval", [0, 65_536, 65_540])
+def test_an_interval_that_no_marker_can_say_is_refused(interval: int) -> None:
+    with pytest.raises(DataError, match="1 to 65535 MCUs"):
+        with_restarts(BROKEN, interval)
+
+
 def test_of_a_file_with_several_pictures_the_first_stays() -> None:
     first, second = (Image.fromarray(noise(20, 30, seed)) for seed in (1, 2))
     several = encode(first, "MPO", save_all=True, append_images=[second])
