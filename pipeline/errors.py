@@ -69,6 +69,7 @@ REMEDIES = {
     errno.EPERM: "Not permitted: choose a folder that you may write to, or change its owner or mode.",
     errno.EROFS: "The file system is read-only: choose another folder.",
     errno.ENOTDIR: "A file stands where a folder is needed: rename it or choose another folder.",
+    errno.ENAMETOOLONG: "No file can have such a name: give a shorter one.",
     errno.EMFILE: "Too many open files: raise the limit with `ulimit -n`.",
 }
 

@@ -6,6 +6,7 @@ pixels than another. Normalisation is not done here: it is the first module of t
 
 import dataclasses
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +25,12 @@ Pixels = npt.NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # 100 megapixels: no camera photo is larger, and a 48 kB decompression bomb can be.
 MAX_PIXELS = 100_000_000
+# Each scan of a progressive JPEG passes over all of its pixels, and an empty one has 12 bytes. Encoders write about ten.
+MAX_SCANS = 500
+SCAN, END_OF_IMAGE = 0xDA, 0xD9
+# Those of a JPEG that have a length, and its end.
+MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+TILE_SIDES = (322, 323)  # of a TIFF
 # Pillow gives the memory of each image back to the system and asks for it again, which costs a tenth of a decode; with a few
 # blocks kept (16 MB each, the documented PILLOW_BLOCKS_MAX) writing 500 x 375 JPEGs takes 1.33 ms of CPU instead of 1.52.
 Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
@@ -146,13 +153,38 @@ def read_header(encoded: bytes | bytearray, max_pixels: int | None = None) -> Im
     most = MAX_PIXELS if max_pixels is None else max_pixels
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        number = num_pixels(image)
     except Image.DecompressionBombError as error:  # far beyond
         raise TooManyPixelsError(str(error).partition(",")[0]) from error
     except Exception as error:  # Pillow raises almost anything on corrupt bytes
         raise _described(error) from error
-    if image.width * image.height > most:
-        raise TooManyPixelsError(f"{image.width} x {image.height} pixels are more than {most:,}")
+    if number > most:
+        what = f"{image.width} x {image.height} pixels" if number == image.width * image.height else "the pixels of its tiles"
+        raise TooManyPixelsError(f"{what} are more than {most:,}")
+    if encoded.count(bytes([0xFF, SCAN])) > MAX_SCANS and image.format in ("JPEG", "MPO") and _num_scans(encoded) > MAX_SCANS:
+        raise DataError(f"a JPEG of more than {MAX_SCANS} scans")
     return image
+
+
+def num_pixels(image: Image.Image) -> int:
+    """For how many pixels there must be room to decode `image`: a tile of a TIFF may be far larger than its picture."""
+    number = image.width * image.height
+    if image.format == "TIFF":
+        height, width = (image.tag_v2.get(side, 0) for side in TILE_SIDES)  # type: ignore[attr-defined]
+        number = max(number, height * width)
+    return number
+
+
+def _num_scans(jpeg: bytes | bytearray) -> int:
+    """How many scans there are, as far as that is not too many."""
+    number, place = 0, 2
+    while number <= MAX_SCANS and (found := MARKER.search(jpeg, place)):
+        marker, place = jpeg[found.start() + 1], found.end()
+        if marker == END_OF_IMAGE:
+            break
+        number += marker == SCAN
+        place += int.from_bytes(jpeg[place : place + 2], "big")
+    return number
 
 
 def finish_image(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -25,7 +25,8 @@ from pipeline.serving.pages import page
 from pipeline.serving.served import Answers, ServedModel
 from pipeline.serving.settings import ServeSettings
 
-IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "application/octet-stream")
+# Whatever the type says, the bytes decide which of the formats it is.
+IMAGE_TYPE = "image/"
 FORM = "multipart/form-data"
 TENSOR_TYPE = "application/octet-stream"
 QUERY = ("top_k", "probabilities")
@@ -86,7 +87,8 @@ class App:
         route = self._route_of(request)
         request.route = route.name
         if request.method != route.method and not (request.method == "HEAD" and route.method == "GET"):
-            raise RefusedError(405, f"{request.path} takes {route.method}.", (("allow", route.method),))
+            allowed = "GET, HEAD" if route.method == "GET" else route.method
+            raise RefusedError(405, f"{request.path} takes {allowed}.", (("allow", allowed),))
         if route.needs_model and self.batcher.model is None:
             raise RefusedError(503, "the model is not loaded yet.", AGAIN)
         coding = request.header(b"content-encoding").lower()
@@ -110,7 +112,7 @@ class App:
             print(json.dumps(line), flush=True)
 
     def _route_of(self, request: Request) -> Route:
-        route = self.routes.get(request.path)
+        route = self.routes.get(urllib.parse.unquote(request.path))
         if route is None and request.path.startswith("/v2/models/"):
             route = self._v2_route(request)
         if route is None:
@@ -124,12 +126,12 @@ class App:
         kind = request.media_type
         if kind == FORM:
             uploads = read_form(request.header(b"content-type"), request.body, self.settings.max_images)
-        elif kind in IMAGE_TYPES:
+        elif kind.startswith(IMAGE_TYPE) or kind == TENSOR_TYPE:
             if not request.body:
                 raise RefusedError(400, "the body is empty; send the bytes of an image.")
             uploads = [Upload("image", request.body)]
         else:
-            raise RefusedError(415, f"Content-Type '{kind[:60]}' is not taken; send {', '.join(IMAGE_TYPES)} or {FORM}.")
+            raise RefusedError(415, f"Content-Type '{kind[:60]}' is not taken; send image/*, {TENSOR_TYPE} or {FORM}.")
         self._submit(request, uploads, self._finish(request, top_k, all_classes))
 
     def _predict_tensor(self, request: Request) -> None:
@@ -203,6 +205,7 @@ class App:
         if size <= SMALL_JSON_BYTES:
             self._infer_read(request, v2.read_infer(request.body, size, self.model))
             return
+        v2.require_modest(request.body, size, self.model.size, self.settings.max_images)
         # Elsewhere, and the rest here again.
         body, model, loop = request.body, self.model, self.batcher.loop
 

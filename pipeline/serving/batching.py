@@ -7,7 +7,8 @@ before, which are about to ask again, saved a tenth of the CPU time at best, and
 A batch takes what waits until it is full, or until decoding it has taken `batch_delay_ms`: what is dear to decode gains little
 from a batch, and its first image should not wait for the last.
 
-A large image is decoded in a pool, and queues up again: it takes a tenth of a second or more, and small ones pass it meanwhile.
+A large image is decoded by threads of its own, and queues up again: it takes a tenth of a second or more, and small ones pass
+it meanwhile.
 """
 
 import asyncio
@@ -17,25 +18,26 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from pipeline.errors import DataError
-from pipeline.preprocess import Pixels, PreprocessSpec, TooManyPixelsError, finish_pixels, read_header
+from pipeline.preprocess import Pixels, TooManyPixelsError, finish_pixels, num_pixels, read_header
 from pipeline.serving.exchange import RefusedError
 from pipeline.serving.metrics import Board
 from pipeline.serving.served import Answers, ServedModel
 from pipeline.serving.settings import ServeSettings
 
-# A decode of about 10 ms: what others may have to wait for.
+# A decode of about 10 ms: what others may have to wait for. (Few pixels in many bytes are seldom a picture.)
 LARGE_PIXELS = 1_000_000
+LARGE_BYTES = 300_000
 # Decoded at the same time: what bounds their memory, at up to 0.6 GB for 50 megapixels with alpha.
 LARGE_AT_ONCE = 2
+# What `close` waits for at most.
+LAST_SECONDS = 1.0
 Block = npt.NDArray[np.uint8]
 
 
@@ -55,7 +57,7 @@ class Entry:
     num_images: int
     upload: Upload | None = None
     block: Block | None = None
-    pixels: Pixels | None = None  # (H, W, 3), where it was decoded in the pool
+    pixels: Pixels | None = None  # (H, W, 3), where another thread decoded it
     failure: RefusedError | None = None
 
 
@@ -141,9 +143,13 @@ class Batcher:
         self._recent_seconds = self._recent_images = 0.0
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._left_over: Entry | None = None
-        self._pool = ThreadPoolExecutor(LARGE_AT_ONCE, thread_name_prefix="large-images")
-        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
-        self._thread.start()
+        self._large: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        # The end of the process does not wait for them: an image may take long, and nobody waits for it then.
+        names = ["batches", *(f"large-images-{number}" for number in range(LARGE_AT_ONCE))]
+        runs = [self._run, *[self._run_large] * LARGE_AT_ONCE]
+        self._threads = [threading.Thread(target=run, name=name, daemon=True) for run, name in zip(runs, names, strict=True)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, job: Job) -> None:
         """Take a job. Raises RefusedError where too many wait, or it would wait for too long."""
@@ -158,10 +164,13 @@ class Batcher:
             self._queue.put(entry)
 
     def close(self) -> None:
-        """End the threads after what was taken."""
+        """End the threads after what was taken; those that are not done soon are left to themselves."""
         self._queue.put(None)
-        self._thread.join()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for _ in range(LARGE_AT_ONCE):
+            self._large.put(None)
+        deadline = time.monotonic() + LAST_SECONDS
+        for thread in self._threads:
+            thread.join(max(0, deadline - time.monotonic()))
 
     # ---- in the thread ----
 
@@ -205,28 +214,34 @@ class Batcher:
             entry = following
 
     def _prepare(self, entry: Entry, model: ServedModel) -> bool:
-        """Decode an entry, or note why not. False where the pool does it, and it will queue up again."""
+        """Decode an entry, or note why not. False where another thread does it, and it will queue up again."""
         spec, upload = model.predictor.spec, entry.upload
         if entry.failure is not None or entry.pixels is not None or upload is None or entry.job.is_over:
             return True
         try:
-            image = read_header(upload.encoded, self.settings.max_pixels)
-            if image.width * image.height > LARGE_PIXELS:
-                self._pool.submit(self._decode_large, entry, upload.name, image, spec)
+            image = None if len(upload.encoded) > LARGE_BYTES else read_header(upload.encoded, self.settings.max_pixels)
+            if image is None or num_pixels(image) > LARGE_PIXELS:
+                self._large.put(entry)
                 return False
             entry.pixels = finish_pixels(image, spec)
         except Exception as error:  # one image must not stop the thread for all others
             entry.failure = _refusal_of(upload.name, error)
         return True
 
-    def _decode_large(self, entry: Entry, name: str, image: Image.Image, spec: PreprocessSpec) -> None:
-        try:
-            if not entry.job.is_over:
-                entry.pixels = finish_pixels(image, spec)
-        except Exception as error:  # as above
-            entry.failure = _refusal_of(name, error)
-        finally:
+    def _run_large(self) -> None:
+        while (entry := self._large.get()) is not None:
+            self._decode_large(entry)
             self._queue.put(entry)
+            del entry  # as above
+
+    def _decode_large(self, entry: Entry) -> None:
+        upload, model = entry.upload, entry.job.model
+        if upload is None or model is None:  # nobody waits for it any more
+            return
+        try:
+            entry.pixels = finish_pixels(read_header(upload.encoded, self.settings.max_pixels), model.predictor.spec)
+        except Exception as error:  # as above
+            entry.failure = _refusal_of(upload.name, error)
 
     def _answer(self, batch: "Batch") -> None:
         """Run the model and hand the answers to the event loop."""

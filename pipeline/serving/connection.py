@@ -14,6 +14,7 @@ import contextlib
 import email.utils
 import http
 import math
+import re
 import socket
 import time
 from collections import deque
@@ -34,12 +35,16 @@ from pipeline.serving.settings import (
 
 SWEEP_SECONDS = 0.25
 LINGER_SECONDS = 2.0
+MAX_FORGIVEN = 5
 # The parser hands over each chunk of a body alone: ten million of one byte would keep a core busy for half a minute.
 MIN_PIECE_BYTES = 128
 FREE_PIECES = 1_000
 # Requests that a client may send ahead of their answers.
 MAX_PIPELINED = 32
 REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus}
+# Of a target that proxies are sent (RFC 9112, 3.2.2): which server is meant.
+ORIGIN = re.compile(rb"^https?://[^/?]*", re.IGNORECASE)
+NO_CONTENT = 204
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -74,9 +79,14 @@ class Listener:
             connection.expire()
 
     def forgive(self, seconds: float) -> None:
-        """Put off all deadlines: this process did not run for so long, and what clients sent meanwhile is still to be read."""
+        """Put off all deadlines: this process did not run for so long, and what clients sent meanwhile is still to be read.
+
+        But a request may be what it was busy with, so that is done only a few times for each.
+        """
         for connection in self.connections:
-            connection.deadline += seconds
+            connection.num_forgiven += 1
+            if connection.num_forgiven <= MAX_FORGIVEN:
+                connection.deadline += seconds
 
     def drain(self) -> None:
         """Close what is idle; the others close after the answers that they wait for."""
@@ -103,6 +113,13 @@ class _StopParsingError(Exception):
     """Raised in a parser's callback to leave the rest of the input unread."""
 
 
+class _BodyOf:
+    """What a second parser calls, of a request whose head the first has read."""
+
+    def __init__(self, connection: "Connection") -> None:
+        self.on_body, self.on_message_complete = connection.on_body, connection.on_message_complete
+
+
 class Connection(asyncio.Protocol):
     """One client. It reads ahead, but answers one request after the other."""
 
@@ -111,9 +128,10 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport
         self.parser = httptools.HttpRequestParser(self)
         self.deadline = math.inf
+        self.num_forgiven = 0
         self.incoming: Request | None = None  # not yet whole
         self.is_in_head = False
-        self.num_head_bytes = 0
+        self.num_silent_bytes = 0  # since the parser last had something of a body, or a whole request
         self.waiting: deque[Request] = deque()
         self.answering: Request | None = None
         self.is_deaf = False  # nothing more is read
@@ -145,10 +163,11 @@ class Connection(asyncio.Protocol):
         """Parse what came."""
         if self.is_deaf:
             return
+        self.num_silent_bytes += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.is_deaf = True
+        except httptools.HttpParserUpgrade as upgrade:
+            self._stay(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             if self.is_deaf:  # by a callback, which has said why
                 return
@@ -158,11 +177,21 @@ class Connection(asyncio.Protocol):
             return
         if self.incoming is not None:
             self._ask_for_more()
-        if self.is_in_head and not self.is_deaf:
-            # The parser keeps a header that does not end, and says nothing of it.
-            self.num_head_bytes += len(data)
-            if self.num_head_bytes > MAX_HEAD_BYTES:
+            # The parser keeps a header that does not end, before a body and after one, and says nothing of it.
+            if self.num_silent_bytes > MAX_HEAD_BYTES and not self.is_deaf:
                 self._refuse_unread(_long_head())
+
+    def _stay(self, data: bytes) -> None:
+        """Go on with HTTP/1.1 where another protocol is offered (RFC 9110, 7.8): the parser leaves such a request's body."""
+        request = self.incoming
+        if request is None:  # it has none; it is the last one
+            self.is_deaf = True
+            return
+        self.parser = httptools.HttpRequestParser(_BodyOf(self))
+        framing = (b"transfer-encoding", b"content-length")
+        lines = [b"%b: %b\r\n" % (name, request.headers[name]) for name in framing if name in request.headers]
+        self.parser.feed_data(b"POST / HTTP/1.1\r\nconnection: close\r\n%b\r\n" % b"".join(lines))
+        self.data_received(data)
 
     def _ask_for_more(self) -> None:
         """Acknowledge a part of a request at once: many a client holds back its body until its head is acknowledged."""
@@ -194,7 +223,7 @@ class Connection(asyncio.Protocol):
         """A request begins."""
         now = self.listener.clock()
         self.incoming = Request(self, now)
-        self.is_in_head, self.num_head_bytes = True, 0
+        self.is_in_head, self.num_forgiven = True, 0
         if self.answering is None:
             self.deadline = now + self.listener.settings.timeout_seconds
 
@@ -209,9 +238,11 @@ class Connection(asyncio.Protocol):
         assert request is not None
         if not self.is_in_head:
             return
-        name = name.lower()
-        if name == b"host" and name in request.headers:
-            self._stop(RefusedError(400, "the request has two hosts."))
+        name, value = name.lower(), value.rstrip(b" \t")
+        if name in request.headers:
+            if name == b"host":
+                self._stop(RefusedError(400, "the request has two hosts."))
+            value = request.headers[name] + b", " + value
         request.headers[name] = value
         if len(request.headers) > MAX_HEADERS:
             self._stop(RefusedError(431, f"a request may have {MAX_HEADERS} headers."))
@@ -222,7 +253,7 @@ class Connection(asyncio.Protocol):
         assert request is not None
         self.is_in_head = False
         request.method = self.parser.get_method().decode("latin-1")
-        path, _, query = request.target.partition(b"?")
+        path, _, query = ORIGIN.sub(b"", request.target).partition(b"?")
         request.path, request.query = path.decode("latin-1"), query.decode("latin-1")
         # Another protocol is not spoken: the request itself is answered, and the rest left.
         request.keep_alive = self.parser.should_keep_alive() and not self.parser.should_upgrade()
@@ -235,10 +266,16 @@ class Connection(asyncio.Protocol):
                 self._stop(refusal)
             request.ready = refusal.response()
             return
+        expects = request.headers.get(b"expect", b"").lower() == b"100-continue"
+        request.asks_first = expects and request.has_body and not request.is_http_1_0
         if self.answering is None:
             self.deadline = self.listener.clock() + self.listener.settings.timeout_seconds
-            if request.has_body and request.headers.get(b"expect", b"").lower() == b"100-continue":
-                self.transport.write(CONTINUE)
+            self._tell_to_go_on()
+
+    def _tell_to_go_on(self) -> None:
+        if self.incoming is not None and self.incoming.asks_first:
+            self.incoming.asks_first = False
+            self.transport.write(CONTINUE)
 
     def _check_head(self, request: Request) -> None:
         """Refuse what cannot be answered, whatever it asks for. Raises RefusedError."""
@@ -251,13 +288,15 @@ class Connection(asyncio.Protocol):
             raise RefusedError(400, "the request names no host.")
         if coding is not None and coding.lower() != b"chunked":
             raise RefusedError(400, "the only transfer coding that is read is chunked.")
-        if length is not None and int(length) > self.listener.settings.max_body_bytes:
+        # What the parser takes has 64 bits; zeros before it, too many for Python, are no part of it.
+        if length is not None and int(length[-20:]) > self.listener.settings.max_body_bytes:
             raise self._too_large()
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
         request, listener = self.incoming, self.listener
         assert request is not None
+        self.num_silent_bytes, request.asks_first = 0, False
         request.num_bytes += len(body)
         listener.num_held_bytes += len(body)
         if request.num_bytes > listener.settings.max_body_bytes:
@@ -278,9 +317,12 @@ class Connection(asyncio.Protocol):
             self.deadline = request.began + listener.settings.timeout_seconds + slowest
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
-        request, self.incoming = self.incoming, None
+        """The request is whole; or it offers another protocol, and its body is still to come."""
+        request = self.incoming
         assert request is not None
+        if request.has_body and self.parser.should_upgrade():
+            return
+        self.incoming, self.num_silent_bytes = None, 0
         if len(self.waiting) >= MAX_PIPELINED:
             self.incoming = request
             self._stop(RefusedError(429, f"no more than {MAX_PIPELINED} requests may be sent ahead of their answers."))
@@ -302,6 +344,7 @@ class Connection(asyncio.Protocol):
         elif self.answering is None and not self.is_choked:
             idle = IDLE_SECONDS if self.incoming is None else self.listener.settings.timeout_seconds
             self.deadline = self.listener.clock() + idle
+            self._tell_to_go_on()
 
     def send(self, request: Request, response: Response) -> None:
         """Write the answer of the request whose turn it is."""
@@ -320,7 +363,8 @@ class Connection(asyncio.Protocol):
 
     def _write(self, request: Request | None, response: Response, is_last: bool) -> None:
         head = [b"HTTP/1.1 %d %b\r\n" % (response.status, REASONS.get(response.status, b"")), self.listener.date]
-        head.append(b"content-type: %b\r\ncontent-length: %d\r\n" % (response.content_type.encode(), len(response.body)))
+        if response.status != NO_CONTENT:
+            head.append(b"content-type: %b\r\ncontent-length: %d\r\n" % (response.content_type.encode(), len(response.body)))
         head += [f"{name}: {value}\r\n".encode() for name, value in response.headers]
         if is_last:
             head.append(b"connection: close\r\n")
@@ -368,6 +412,7 @@ class Connection(asyncio.Protocol):
         """Answer what was not asked, and close."""
         self.is_deaf = True
         self._write(None, response, is_last=True)
+        self.listener.routes.count(Request(self, self.listener.clock()), response.status, 0.0)
         self.close(linger=True)
 
     def expire(self) -> None:

@@ -48,8 +48,8 @@ class Request:
     """One request; its body is there when the route is called. Header names are in lower case."""
 
     __slots__ = (
-        "abandon", "began", "body", "has_body", "headers", "is_http_1_0", "is_over", "keep_alive", "method", "num_bytes",
-        "num_pieces", "path", "query", "ready", "route", "sender", "target",
+        "abandon", "asks_first", "began", "body", "has_body", "headers", "is_http_1_0", "is_over", "keep_alive", "method",
+        "num_bytes", "num_pieces", "path", "query", "ready", "route", "sender", "target",
     )  # fmt: skip
 
     def __init__(self, sender: Sender, began: float) -> None:
@@ -63,6 +63,7 @@ class Request:
         self.headers: dict[bytes, bytes] = {}
         self.body: bytes | bytearray = b""
         self.has_body = False
+        self.asks_first = False  # its body comes when it is told to go on
         self.num_bytes = 0  # of the body, as far as it has come
         self.num_pieces = 0  # in which it came
         self.keep_alive = True

@@ -24,19 +24,22 @@ def read_form(content_type: str, body: bytes | bytearray, max_parts: int) -> lis
     delimiter = b"--" + (match[1] or match[2]).encode("latin-1")
     if not body.startswith(delimiter):
         raise RefusedError(400, "the form does not begin with its boundary.")
-    uploads = list[Upload]()
+    uploads, num_parts = list[Upload](), 0
     place = len(delimiter)
     while not body.startswith(b"--", place):
         if not body.startswith(b"\r\n", place):
             raise RefusedError(400, "a boundary of the form is not followed by a line break.")
-        if len(uploads) == max_parts:
+        if num_parts == max_parts:
             raise RefusedError(413, f"a request may have {max_parts} images.")
+        num_parts += 1
         end_of_head = body.find(b"\r\n\r\n", place, place + MAX_PART_HEAD_BYTES)
         end = body.find(b"\r\n" + delimiter, max(place, end_of_head + 2))
         if end_of_head < 0 or end < end_of_head:
-            raise RefusedError(400, f"part {len(uploads) + 1} of the form is not whole.")
-        name = _file_name(bytes(body[place:end_of_head])) or f"image {len(uploads) + 1}"
-        uploads.append(Upload(name, bytes(body[end_of_head + 4 : end])))
+            raise RefusedError(400, f"part {num_parts} of the form is not whole.")
+        head, content = bytes(body[place:end_of_head]), bytes(body[end_of_head + 4 : end])
+        is_left_empty = not content and b'filename=""' in head  # a field for files that nobody filled in
+        if not is_left_empty:
+            uploads.append(Upload(_file_name(head) or f"image {num_parts}", content))
         place = end + 2 + len(delimiter)
     if not uploads:
         raise RefusedError(400, "the form has no file.")

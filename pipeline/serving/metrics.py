@@ -100,10 +100,11 @@ def resident_bytes() -> int:
 
 
 def exposition(board: Board, info: dict[str, str]) -> str:
-    """Prometheus' text format 0.0.4 of all workers; `info` are labels of the model that this worker serves."""
+    """Prometheus' text format 0.0.4 of all workers; `info` are labels of the model that this worker has, if any."""
     lines = ["# HELP shardline_model_info The model.", "# TYPE shardline_model_info gauge"]
-    labels = ",".join(f'{name}="{_escaped(value)}"' for name, value in info.items())
-    lines.append(f"shardline_model_info{{{labels}}} 1")
+    if info:
+        labels = ",".join(f'{name}="{_escaped(value)}"' for name, value in info.items())
+        lines.append(f"shardline_model_info{{{labels}}} 1")
     lines += ["# HELP shardline_requests_total Answered requests.", "# TYPE shardline_requests_total counter"]
     for route in ROUTES:
         for status in STATUSES:

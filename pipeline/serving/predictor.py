@@ -109,6 +109,8 @@ class Predictor:
             raise DataError(f"{path}: no such image.") from error
         except IsADirectoryError as error:
             raise DataError(f"{path}: is a folder; name image files.") from error
+        except OSError as error:  # not allowed, or a name that no file can have
+            raise DataError(f"{str(path)[:200]}: cannot be read ({error.strerror}).") from error
         except DataError as error:
             raise DataError(f"{path}: cannot be decoded ({error}).") from error
         row = self.probabilities([pixels])[0]  # (K,)

@@ -31,7 +31,7 @@ class Answers(NamedTuple):
     @property
     def is_finite(self) -> bool:
         """Whether they are numbers."""
-        return bool(np.isfinite(self.probabilities).all())
+        return bool(np.isfinite(self.probabilities).all() and np.isfinite(self.logits).all())
 
     def part(self, first: int, last: int) -> "Answers":
         """Those of some of the images."""

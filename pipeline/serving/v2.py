@@ -22,6 +22,8 @@ PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer))?"
 LENGTH_HEADER = b"inference-header-content-length"
 OUTPUTS = ("logits", "probabilities")
 BINARY_TYPE = "application/octet-stream"
+# Beside those of the tensor itself.
+MAX_JSON_PARTS = 1_000
 
 
 class Asked(NamedTuple):
@@ -82,6 +84,14 @@ def json_length(request: Request) -> int:
     return int(text)
 
 
+def require_modest(body: bytes | bytearray, num_json_bytes: int, size: tuple[int, int], max_images: int) -> None:
+    """Refuse JSON that holds more lists, objects or strings than a request needs: a parser lets nobody else run meanwhile."""
+    num_lists, num_objects, num_quotes = (body.count(sign, 0, num_json_bytes) for sign in (b"[", b"{", b'"'))
+    wanted = max_images * (1 + 3 + 3 * size[0])  # images, their channels, and the rows of these
+    if num_lists > wanted + MAX_JSON_PARTS or num_objects > MAX_JSON_PARTS or num_quotes > MAX_JSON_PARTS:
+        raise RefusedError(400, "the JSON has more lists, objects or strings than a request for inference.")
+
+
 def read_infer(body: bytes | bytearray, num_json_bytes: int, model: ServedModel) -> Inference:
     """Read a request for inference. Raises RefusedError."""
     content = memoryview(body)
@@ -94,9 +104,9 @@ def read_infer(body: bytes | bytearray, num_json_bytes: int, model: ServedModel)
     inputs = asked.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict) or inputs[0].get("name") != "image":
         raise RefusedError(400, "`inputs` must be a list of one tensor, `image`.")
-    request_id = asked.get("id", "")
+    request_id = _given(asked, "id", "")
     if not isinstance(request_id, str) or len(request_id) > 1000:
-        raise RefusedError(400, "`id` must be a string.")
+        raise RefusedError(400, "`id` must be a string of at most 1,000 letters.")
     images = _read_tensor(inputs[0], content[num_json_bytes:], model)
     return Inference(images, request_id, _wanted_outputs(asked))
 
@@ -123,21 +133,21 @@ def _read_tensor(tensor: dict[str, Any], binary: memoryview, model: ServedModel)
         return np.frombuffer(binary, dtype=np.uint8).reshape(shape)
     if len(binary):
         raise RefusedError(400, "binary data follow the JSON, but `image` has no `binary_data_size`.")
-    data = _flat(tensor.get("data"))
+    data = _flat(tensor.get("data"), shape)
     if len(data) != wanted:
         raise RefusedError(400, f"the data of `image` are {len(data):,} values; {wanted:,} make its shape.")
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
-def _flat(data: Any) -> bytes:
-    """The values of a tensor in JSON, which may be nested lists.
+def _flat(data: Any, shape: list[int]) -> bytes:
+    """The values of a tensor in JSON: a list, or lists in lists as its shape has them.
 
     numpy would guess a type for them, and give each of a thousand short strings the room of one long one.
     """
-    for _ in range(4):
-        if isinstance(data, list) and data and isinstance(data[0], list):
-            if any(type(row) is not list for row in data):
-                break
+    if isinstance(data, list) and data and isinstance(data[0], list):
+        for length in shape[1:]:
+            if not all(type(row) is list and len(row) == length for row in data):
+                raise RefusedError(400, f"the data of `image` are not nested as its shape {shape} is.")
             data = list(itertools.chain.from_iterable(data))
     if not isinstance(data, list) or set(map(type, data)) != {int}:
         raise RefusedError(400, "the data of `image` are no list of integers, nor nested ones.")
@@ -147,8 +157,14 @@ def _flat(data: Any) -> bytes:
         raise RefusedError(400, "the data of `image` go beyond 0 to 255.") from error
 
 
+def _given(value: dict[str, Any], name: str, default: Any) -> Any:
+    """A member of a JSON object; many a client writes null for one that is missing."""
+    found = value.get(name)
+    return default if found is None else found
+
+
 def _parameters(value: dict[str, Any]) -> dict[str, Any]:
-    parameters = value.get("parameters", {})
+    parameters = _given(value, "parameters", {})
     if not isinstance(parameters, dict):
         raise RefusedError(400, "`parameters` must be a JSON object.")
     return parameters
@@ -157,7 +173,9 @@ def _parameters(value: dict[str, Any]) -> dict[str, Any]:
 def _wanted_outputs(asked: dict[str, Any]) -> dict[str, bool]:
     """The outputs that are wanted, all by default, and whether as binary data."""
     default = _parameters(asked).get("binary_data_output", False)
-    outputs = asked.get("outputs") or [{"name": name} for name in OUTPUTS]
+    outputs = _given(asked, "outputs", [])
+    if outputs == []:
+        outputs = [{"name": name} for name in OUTPUTS]
     if not isinstance(outputs, list) or len(outputs) > len(OUTPUTS) or not all(isinstance(each, dict) for each in outputs):
         raise RefusedError(400, f"`outputs` must be a list of some of {', '.join(OUTPUTS)}.")
     wanted = {}

@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.files import locked
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset, read_manifest
 from pipeline.remote import is_url
+from pipeline.verbs.model import EXPORTED, MODEL_NAME, model_file
 from pipeline.verbs.parsing import command_line, parser_of, up_to_date, without_options
 
 if TYPE_CHECKING:
@@ -213,18 +214,20 @@ def index(argv: list[str]) -> int:
 def verify(argv: list[str]) -> int:
     """Re-hash a data set, or prove that a model is the one that was exported."""
     parser = parser_of(verify, positional="[PATH] ")
-    parser.add_argument("path", nargs="?", help="data set folder or model file; the run's data set when left out")
+    parser.add_argument("path", nargs="?", help="data set folder, model.onnx or its folder; the run's data set when left out")
     config, options = parse_config(parser, argv)
     location = config.dataset_location if options.path is None else str(options.path)
     if is_url(location):
         return _verify_dataset(load_dataset(location, config.data.cache_folder), config)
     path = Path(location)
-    if options.path is None or path.is_dir() or path.name == MANIFEST_NAME:
+    is_model = (path / MODEL_NAME).is_file() or (path / EXPORTED).is_file()
+    if options.path is None or path.name == MANIFEST_NAME or (path.is_dir() and not is_model):
         return _verify_dataset(read_manifest(path.parent if path.name == MANIFEST_NAME else path), config)
     if not path.exists():
         raise DataError(f"{path}: no such data set folder or model file.")
     from pipeline.serving.predictor import verify_model
 
+    path = model_file(path)
     closing_box("model verified", {"model": str(path), **verify_model(path)}, f"shardline predict {path} IMAGE...")
     return 0
 

@@ -13,18 +13,19 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 MODEL_NAME = "model.onnx"
+EXPORTED = f"export/{MODEL_NAME}"
 
 
 def predict(argv: list[str]) -> int:
     """Classify images with an exported model; needs no torch."""
     parser = parser_of(predict, settings=False)
-    parser.add_argument("model", help="model.onnx")
+    parser.add_argument("model", help="model.onnx, its folder, or RUN")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--json", action="store_true", help="print a JSON array with every class's probability")
     options = parse_arguments(parser, argv)
     from pipeline.serving.predictor import Predictor
 
-    predictor = Predictor(Path(options.model))
+    predictor = Predictor(model_file(Path(options.model)))
     rows, mistakes = list[dict[str, Any]](), []
     for image in options.images:
         try:
@@ -87,17 +88,17 @@ def serve(argv: list[str]) -> int:
 
     if options.served is not None and options.served.startswith("models:"):
         return serve_model(settings, None, _following(options.served, config, settings.poll_seconds))
-    return serve_model(settings, _model_path(options.served, config), [])
+    model = config.run_dir / EXPORTED if options.served is None else Path(options.served)
+    return serve_model(settings, model_file(model), [])
 
 
-def _model_path(model: str | None, config: Config) -> Path:
+def model_file(path: Path) -> Path:
     """The file that a path names: itself, or the one in an export folder or a run. Raises ModelError where there is none."""
-    path = config.run_dir if model is None else Path(model)
-    candidates = [path / "export" / MODEL_NAME, path / MODEL_NAME] if path.is_dir() or model is None else [path]
+    candidates = [path / EXPORTED, path / MODEL_NAME] if path.is_dir() else [path]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise ModelError(f"{candidates[-1] if model else candidates[0]}: no such model file. `shardline export` makes one.")
+    raise ModelError(f"{candidates[-1]}: no such model file. `shardline export` makes one.")
 
 
 def _following(model: str, config: Config, poll_seconds: float) -> list[str]:

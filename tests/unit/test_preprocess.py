@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import struct
 import zlib
@@ -13,7 +14,7 @@ from PIL import Image
 from pipeline.config import PreprocessConfig
 from pipeline.errors import ConfigError, DataError, ModelError
 from pipeline.manifest import ImageStats
-from pipeline.preprocess import PreprocessSpec, build_spec, decode_image, spec_from_dict
+from pipeline.preprocess import MAX_SCANS, PreprocessSpec, TooManyPixelsError, build_spec, decode_image, spec_from_dict
 from tests.photos import AS_STORED, encode
 
 Pixels = npt.NDArray[np.uint8]
@@ -185,6 +186,42 @@ def test_the_limit_of_pixels_is_the_one_that_the_message_states() -> None:
     # 95 megapixels: below our 100, above the 89 at which Pillow warns. It is cut short, but not too large.
     with pytest.raises(DataError, match="truncated"):
         decode_image(png_of_size(9_500, 10_000), AS_STORED)
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    progressive = io.BytesIO()
+    NOISE.convert("L").save(progressive, "JPEG", progressive=True)
+    begin = progressive.getvalue().rindex(b"\xff\xda")
+    last, before = progressive.getvalue()[begin:-2], progressive.getvalue()[:begin]
+    assert decode_image(before + last + b"\xff\xd9", AS_STORED).shape == (*NOISE.size[::-1], 3)
+    with pytest.raises(DataError, match="a JPEG of more than 500 scans"):
+        decode_image(before + last * MAX_SCANS + b"\xff\xd9", AS_STORED)
+
+
+def test_what_looks_like_many_scans_is_none_beside_the_image() -> None:
+    content = io.BytesIO()
+    NOISE.save(content, "JPEG", comment=b"\xff\xda" * (MAX_SCANS + 1))
+    film = b"\xff\xda" * (MAX_SCANS + 1)  # behind its end, as some telephones do
+    assert decode_image(content.getvalue() + film, AS_STORED).shape == (*NOISE.size[::-1], 3)
+
+
+def test_the_tiles_of_a_tiff_count_as_its_pixels() -> None:
+    row = zlib.compress(bytes(3 * 30_000))
+    entries = [
+        (256, 4, 64),
+        (257, 4, 64),
+        (258, 3, 8),
+        (259, 3, 8),
+        (262, 3, 2),
+        (277, 3, 3),
+        (322, 4, 30_000),
+        (323, 4, 30_000),
+    ]
+    entries += [(324, 4, 200), (325, 4, len(row))]
+    ifd = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    tiff = (b"II*\0" + struct.pack("<I", 8) + ifd + bytes(4)).ljust(200, b"\0") + row
+    with pytest.raises(TooManyPixelsError, match="the pixels of its tiles are more than 100,000,000"):
+        decode_image(tiff, AS_STORED)
 
 
 # ---- resize and crop ----

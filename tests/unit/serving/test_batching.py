@@ -154,8 +154,9 @@ def test_an_image_that_fails_leaves_the_others_of_its_batch_alone(desk: Desk) ->
     assert desk.batcher.num_waiting == 0
 
 
-def test_a_large_image_is_passed_by_small_ones(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "LARGE_PIXELS", 1000)
+@pytest.mark.parametrize(("limit", "value"), [("LARGE_PIXELS", 1000), ("LARGE_BYTES", 100)])
+def test_a_large_image_is_passed_by_small_ones(desk: Desk, monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
+    monkeypatch.setattr(batching, limit, value)
     decode, may_decode = finish_pixels, threading.Event()
 
     def slow(image: Image.Image, spec: Any) -> Any:
@@ -164,7 +165,7 @@ def test_a_large_image_is_passed_by_small_ones(desk: Desk, monkeypatch: pytest.M
         return decode(image, spec)
 
     monkeypatch.setattr(batching, "finish_pixels", slow)
-    desk.hand(1, Upload("large.png", image_of(size=(40, 40))))
+    desk.hand(1, Upload("large.png", noise(1, size=(40, 40))))
     desk.hand(2, Upload("small.png", image_of()))
     desk.wait(1)
     may_decode.set()
@@ -270,4 +271,25 @@ def test_threads_end_with_the_batcher(served: ServedModel, loop: asyncio.Abstrac
     batcher = Batcher(SETTINGS, Board(1), loop)
     batcher.model = served
     batcher.close()
-    assert not batcher._thread.is_alive()
+    assert not any(thread.is_alive() for thread in batcher._threads)
+
+
+def test_the_end_does_not_wait_for_an_image_that_takes_for_ever(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(batching, "LAST_SECONDS", 0.2)
+    began, may_end = threading.Event(), threading.Event()
+
+    def for_ever(image: Image.Image, spec: Any) -> Any:
+        began.set()
+        assert may_end.wait(20)
+        raise ValueError("nobody waits for it")
+
+    monkeypatch.setattr(batching, "finish_pixels", for_ever)
+    desk.hand(1, Upload("large.png", noise(1, size=(40, 40))))
+    assert began.wait(20)
+    started = time.monotonic()
+    desk.batcher.close()
+    assert time.monotonic() - started < 2
+    assert next(thread.name for thread in desk.batcher._threads if thread.is_alive()).startswith("large-images")
+    assert all(thread.daemon for thread in desk.batcher._threads)
+    may_end.set()

@@ -4,8 +4,9 @@ import pytest
 
 from pipeline.serving import connection as module
 from pipeline.serving.batching import Job
-from pipeline.serving.connection import FREE_PIECES, LINGER_SECONDS, MAX_PIPELINED, MIN_PIECE_BYTES
+from pipeline.serving.connection import FREE_PIECES, LINGER_SECONDS, MAX_FORGIVEN, MAX_PIPELINED, MIN_PIECE_BYTES
 from pipeline.serving.settings import BODIES_HELD, IDLE_SECONDS, MAX_HEAD_BYTES, MAX_HEADERS
+from tests.processes import wait_until
 from tests.unit.serving.asking import answer_of, ask, feed, image_of, noise, request
 from tests.unit.serving.conftest import SETTINGS, Server, Wire
 
@@ -84,6 +85,8 @@ def test_every_answer_is_a_single_write(server: Server, monkeypatch: pytest.Monk
         (b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999999\r\n\r\n", 400),
         (CHUNKED + b"%x\r\n" % (LIMIT + 1) + b"x" * (LIMIT + 1), 413),
         (CHUNKED + b"1\r\nx\r\n" * (FREE_PIECES + 1), 400),
+        (b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"0" * 5000 + b"%d\r\n\r\n" % (LIMIT + 1), 413),
+        (CHUNKED.replace(b"chunked", b"gzip\r\nTransfer-Encoding: chunked") + b"0\r\n\r\n", 400),
         (b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n", 404),
     ],
 )
@@ -153,6 +156,17 @@ def test_time_in_which_the_server_did_not_run_is_not_the_clients(server: Server)
     server.after(0.1)
     feed(server, connection, content[60:])
     assert answer_of(wire)[0] == 200
+
+
+def test_a_request_that_keeps_the_server_busy_is_not_given_more_time_for_ever(server: Server) -> None:
+    connection, wire = server.connect()
+    feed(server, connection, request("/predict", image_of())[:60])
+    for _ in range(MAX_FORGIVEN + 1):
+        assert wire.statuses == []
+        server.now += SETTINGS.timeout_seconds + 1
+        server.do(server.listener.forgive, SETTINGS.timeout_seconds + 1)
+        server.after(0)
+    assert wire.statuses == [408]
 
 
 def test_a_body_may_take_longer_the_more_of_it_comes(server: Server) -> None:
@@ -243,6 +257,7 @@ def test_connections_are_counted(server: Server, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "MAX_CONNECTIONS", 2)
     wires = [server.connect()[1] for _ in range(3)]
     assert [wire.statuses for wire in wires] == [[], [], [429]]
+    assert server.app.board.total("requests none 429") == 1
 
 
 def test_while_draining_what_was_begun_is_finished_and_nothing_else_begun(server: Server) -> None:
@@ -279,6 +294,81 @@ def test_a_client_that_asks_first_is_told_to_go_on_or_refused(server: Server) ->
     connection, wire = server.connect()
     feed(server, connection, request("/predict", b"", headers=expecting | {"Content-Length": str(LIMIT + 1)}))
     assert wire.statuses == [413]
+
+
+def test_a_client_that_asks_behind_another_request_is_told_when_its_turn_comes(server: Server) -> None:
+    connection, wire = server.connect()
+    asking = request("/predict", b"", headers={"Expect": "100-continue", "Content-Length": str(len(image_of()))})
+    feed(server, connection, request("/predict", image_of()) + asking)
+    wait_until(lambda: bytes(wire.written).endswith(b"HTTP/1.1 100 Continue\r\n\r\n"), "the answers")
+    feed(server, connection, image_of())
+    wait_until(lambda: wire.statuses == [200, 100, 200], "the answers")
+    connection, wire = server.connect()
+    feed(server, connection, asking.replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert wire.statuses == []
+
+
+@pytest.mark.parametrize("place", ["in a header after its body", "in the extension of a chunk"])
+def test_what_follows_a_chunk_without_end_is_refused(server: Server, place: str) -> None:
+    connection, wire = server.connect()
+    feed(server, connection, CHUNKED + (b"1\r\nx\r\n0\r\nX: " if "header" in place else b"1;x="))
+    for _ in range(MAX_HEAD_BYTES // 1000 + 1):
+        feed(server, connection, b"a" * 1000)
+    assert (wire.statuses, wire.has_eof) == ([431], True)
+    assert server.listener.num_held_bytes == 0
+
+
+def test_what_comes_before_a_head_does_not_count_as_its_length(server: Server) -> None:
+    connection, wire = server.connect()
+    following = request("/health", method="GET")
+    feed(server, connection, request("/predict", b"x" * 60_000) + following[:20])
+    feed(server, connection, following[20:])
+    wait_until(lambda: wire.statuses == [422, 200], "the answers")
+
+
+@pytest.mark.parametrize("target", ["http://a/health", "HTTPS://a:80/health?x", "/%68ealth"])
+def test_a_target_may_name_its_server_or_have_escapes(server: Server, target: str) -> None:
+    connection, wire = server.connect()
+    feed(server, connection, request(target, method="GET"))
+    assert answer_of(wire)[0] == 200
+
+
+def test_blanks_behind_a_header_are_none_of_it(server: Server) -> None:
+    connection, wire = server.connect()
+    feed(server, connection, request("/predict", image_of(), headers={"Content-Encoding": "identity \t"}))
+    assert answer_of(wire)[0] == 200
+    connection, wire = server.connect()
+    two = request("/predict", image_of(), headers={"Content-Encoding": "gzip\r\nContent-Encoding: identity"})
+    feed(server, connection, two)
+    assert answer_of(wire)[0] == 415
+
+
+def test_an_answer_without_content_has_no_length(server: Server) -> None:
+    connection, wire = server.connect()
+    feed(server, connection, request("/favicon.ico", method="GET"))
+    assert wire.statuses == [204]
+    assert b"content-" not in wire.written
+
+
+@pytest.mark.parametrize("form", ["whole", "in pieces", "chunked", "asking first"])
+def test_a_request_that_offers_another_protocol_keeps_its_body(server: Server, form: str) -> None:
+    connection, wire = server.connect()
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
+    image = image_of()
+    if form == "chunked":
+        head = request("/predict", b"", headers=offer).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+        feed(server, connection, head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(image), image))
+    elif form == "asking first":
+        feed(server, connection, request("/predict", image, headers=offer | {"Expect": "100-continue"})[: -len(image)])
+        assert wire.statuses == [100]
+        feed(server, connection, image)
+    else:
+        content = request("/predict", image, headers=offer)
+        for part in [content] if form == "whole" else [content[:40], content[40:-50], content[-50:]]:
+            feed(server, connection, part)
+    wait_until(lambda: wire.statuses[-1:] == [200], "the answers")
+    assert wire.is_closed or wire.has_eof
+    assert server.listener.num_held_bytes == 0
 
 
 def test_an_upgrade_is_not_taken_and_the_request_answered(server: Server) -> None:

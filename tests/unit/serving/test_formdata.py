@@ -34,6 +34,13 @@ def test_a_part_is_called_as_its_file_or_its_field(disposition: str, name: str) 
     assert read_form(KIND, body, 1)[0].name == name
 
 
+def test_a_field_for_files_that_is_left_empty_is_no_file() -> None:
+    files = form_of({"": b"", "a.jpg": b"x"})
+    assert [upload.name for upload in read_form(KIND, files, 2)] == ["a.jpg"]
+    with pytest.raises(RefusedError, match="no file"):
+        read_form(KIND, form_of({"": b""}), 2)
+
+
 @pytest.mark.parametrize(
     "kind", ['Multipart/Form-Data;boundary="b0undary"', "multipart/form-data; charset=utf-8; boundary=b0undary; x=y"]
 )
@@ -56,6 +63,7 @@ def test_a_boundary_is_found_however_it_is_written(kind: str) -> None:
         (KIND, form_of({"a": b"x"})[:-6], 400),
         (KIND, b"--b0undary\r\nX: " + b"y" * 5000 + b"\r\n\r\nx\r\n--b0undary--", 400),
         (KIND, form_of(dict.fromkeys(map(str, range(10_000)), b"x")), 413),
+        (KIND, form_of({"": b""})[:-14] * 10_000, 413),
     ],
 )
 def test_what_is_no_whole_form_is_refused(kind: str, body: bytes, status: int) -> None:

@@ -83,6 +83,22 @@ def test_pixels_for_a_model_that_was_replaced_while_they_were_read_are_refused(
     assert (status, answer["error"]) == (422, "the model was just replaced by one that takes 8 x 8 pixels.")
 
 
+def test_null_is_a_member_that_is_not_there(server: Server) -> None:
+    asked = inference(parameters=None) | {"id": None, "parameters": None, "outputs": None}
+    status, answer = ask(server, as_json(asked))
+    assert status == 200
+    assert "id" not in answer
+    assert [output["name"] for output in answer["outputs"]] == ["logits", "probabilities"]
+
+
+@pytest.mark.parametrize("crumb", ["[]", "{}", '"a"'])
+def test_json_that_holds_the_parser_up_is_not_parsed(server: Server, crumb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(v2, "read_infer", None)
+    body = f'{{"inputs": [{",".join([crumb] * 24_000)}]}}'.encode()
+    status, answer = ask(server, request("/v2/models/colours/infer", body, kind="application/json"))
+    assert (status, answer["error"][:18]) == (400, "the JSON has more ")
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
@@ -104,7 +120,11 @@ def test_pixels_for_a_model_that_was_replaced_while_they_were_read_are_refused(
         (inference(shape=[3, 3, 16, 16]), "2,304 make its shape"),
         (inference(data=None), "no list of integers"),
         (inference(data=[]), "no list of integers"),
-        (inference(data=[[1, 2], 3]), "no list of integers"),
+        (inference(data=[[1, 2], 3]), "not nested as its shape"),
+        (inference(data=IMAGES.transpose(0, 2, 3, 1).tolist()), "not nested as its shape"),
+        (inference(data=[IMAGES[0].ravel().tolist(), IMAGES[1].ravel().tolist()]), "not nested as its shape"),
+        (inference(data=[[1, 2], IMAGES.ravel().tolist()[2:]]), "not nested as its shape"),
+        (inference(data=[[[[[1]]]]]), "not nested as its shape"),
         (inference(data=[256] * IMAGES.size), "beyond 0 to 255"),
         (inference(data=[-1] * IMAGES.size), "beyond 0 to 255"),
         (inference(data=[10**30] * IMAGES.size), "no list of integers"),
@@ -117,6 +137,9 @@ def test_pixels_for_a_model_that_was_replaced_while_they_were_read_are_refused(
         (inference(id=7), "`id`"),
         (inference(outputs=[{"name": "classes"}]), "no output classes"),
         (inference(outputs="logits"), "`outputs` must be"),
+        (inference(outputs={}), "`outputs` must be"),
+        (inference(outputs=0), "`outputs` must be"),
+        (inference(id="x" * 1001), "at most 1,000 letters"),
         (inference(outputs=[{"name": "logits", "parameters": 3}]), "`parameters`"),
     ],
 )
