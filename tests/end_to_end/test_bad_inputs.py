@@ -70,6 +70,8 @@ def fails_with(capfd: pytest.CaptureFixture[str], arguments: list[str], message:
         (["train", DATA, "--name=../elsewhere"], "`name` is '../elsewhere'; it must be a plain folder name"),
         (["predict", "nowhere.onnx", "image.jpg"], "nowhere.onnx: no such model file"),
         (["verify", "nowhere.onnx"], "nowhere.onnx: no such data set folder or model file"),
+        (["verify", "n" * 300], "File name too long. No file can have such a name"),
+        (["predict", "n" * 300, "image.jpg"], "File name too long. No file can have such a name"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_remedy(

@@ -174,7 +174,7 @@ def test_smaller_forms_are_judged_shown_and_served_like_the_model(
     assert int8["num_bytes"] < 0.3 * fp32["num_bytes"] and fp16["num_bytes"] < 0.55 * fp32["num_bytes"]
     published = [row["precision"] for row in table[1:] if row["published"]]
     for precision in published:
-        verified = shardline("verify", f"runs/digits/export/{precision}/model.onnx", cwd=tmp_path)
+        verified = shardline("verify", f"runs/digits/export/{precision}", cwd=tmp_path)
         assert verified.returncode == 0, verified.stderr
         assert re.search(rf"precision +{precision}$", verified.stdout, re.MULTILINE)
     again = shardline("export", *settings, cwd=tmp_path)
