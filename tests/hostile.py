@@ -92,6 +92,8 @@ def _images(jpeg: bytes) -> list[Attack]:
         "zip": zipped(jpeg),
         "address of another server": b"http://169.254.169.254/latest/meta-data/",
         "noise": np.random.default_rng(0).bytes(5_000),
+        "JPEG of 20,000 scans": many_scans(20_000),
+        "TIFF with a tile of 2 GB": huge_tile(26_000),
         "TIFF that is not a number": encoded(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"),
     }
     found = [_once(name, post("/predict", "image/jpeg", body)) for name, body in bodies.items()]
@@ -114,6 +116,28 @@ def png(width: int, height: int, data: bytes, extra: bytes = b"") -> bytes:
     chunks = [header, *([extra] if extra else []), b"IDAT" + data, b"IEND"]
     body = b"".join(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def many_scans(number: int) -> bytes:
+    """A progressive JPEG that passes over its pixels again and again."""
+    jpeg = encoded(Image.new("L", (999, 999)), "JPEG", progressive=True)
+    begin = jpeg.rindex(b"\xff\xda")
+    return jpeg[:begin] + jpeg[begin:-2] * number + b"\xff\xd9"
+
+
+def huge_tile(side: int) -> bytes:
+    """A TIFF of 64 x 64 pixels in one deflated tile of `side` x `side`."""
+    packer = zlib.compressobj(9)
+    data = b"".join(packer.compress(bytes(3 * side)) for _ in range(side)) + packer.flush()
+    longs = {256: 64, 257: 64, 322: side, 323: side, 324: 200, 325: len(data)}
+    entries = {
+        **{tag: (4, value) for tag, value in longs.items()},
+        **dict.fromkeys((258, 259), (3, 8)),
+        262: (3, 2),
+        277: (3, 3),
+    }
+    ifd = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, (kind, value) in sorted(entries.items()))
+    return (b"II*\0" + struct.pack("<IH", 8, len(entries)) + ifd).ljust(200, b"\0") + data
 
 
 def with_size(jpeg: bytes, width: int, height: int) -> bytes:
@@ -223,6 +247,8 @@ def _tensors(model: str, side: int) -> list[Attack]:
         "no JSON": b"{",
         "no UTF-8": b'{"inputs": "\xff"}',
         "a lone surrogate": rb'{"inputs": [{"name": "\ud800"}], "id": "\ud800"}',
+        "300,000 lists": changed(data=[]).replace(b'"data": []', b'"data": [' + b"[]," * 300_000 + b"[]]"),
+        "lists that are not the shape": changed(data=[[7] * (size - 1), [7]]),
         "deep nesting": b"[" * 100_000 + b"]" * 100_000,
         "deep nesting of data": changed(data=[]).replace(b'"data": []', b'"data": ' + b"[" * 5_000 + b"]" * 5_000),
         "a key twice": b'{"inputs": [], "inputs": {}}',
@@ -292,7 +318,7 @@ def _protocol(jpeg: bytes) -> list[Attack]:
         _once("an unknown encoding", asked(predict, kind, "Transfer-Encoding: gzip", body=jpeg), OR_CLOSED),
         *(
             _once(f"length {text}", asked(predict, kind, f"Content-Length: {text}", body=jpeg), OR_CLOSED)
-            for text in ("abc", "-1", "0x10", "1e3", "1,000", "9" * 30)
+            for text in ("abc", "-1", "0x10", "1e3", "1,000", "9" * 30, f"{'0' * 5_000}99999999999")
         ),
         *(
             _once(f"chunk size {size!r}", asked(predict, kind, "Transfer-Encoding: chunked", body=size + b"\r\n"), OR_CLOSED)
@@ -391,6 +417,8 @@ def _large() -> list[Attack]:
         endless("chunks without end", chunked, b"%x\r\n%b\r\n" % (CHUNK, bytes(CHUNK))),
         endless("chunks of one byte without end", chunked, b"1\r\na\r\n" * (CHUNK // 6), MISTAKES),
         endless("10 GB announced", waiting, b""),
+        endless("a header behind the body without end", chunked + "1\r\nx\r\n0\r\nX: ", b"a" * CHUNK, MISTAKES),
+        endless("an extension of a chunk without end", chunked + "1;x=", b"a" * CHUNK, MISTAKES),
         _once("10 GB announced to the tensor route", declared.replace("/predict", "/predict/tensor").encode(), TOO_LARGE),
     ]
 
