@@ -88,6 +88,13 @@ class Listener:
             if connection.num_forgiven <= MAX_FORGIVEN:
                 connection.deadline += seconds
 
+    def make_room(self, newcomer: "Connection") -> bool:
+        """Close the idle connection that would be closed next, if there is one: silence must not keep a newcomer out."""
+        idle = [each for each in self.connections if each.is_idle and not each.is_closing and each is not newcomer]
+        if idle:
+            min(idle, key=lambda each: each.deadline).close()
+        return bool(idle)
+
     def drain(self) -> None:
         """Close what is idle; the others close after the answers that they wait for."""
         self.is_draining = True
@@ -141,12 +148,12 @@ class Connection(asyncio.Protocol):
     # ---- asyncio's callbacks ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accept a client, or tell it that there are too many."""
+        """Accept a client, in place of an idle one where there are too many; tell it so where none is idle."""
         self.transport = cast(asyncio.Transport, transport)
         listener = self.listener
         self.deadline = listener.clock() + listener.settings.timeout_seconds
         listener.connections.add(self)
-        if len(listener.connections) > MAX_CONNECTIONS:
+        if len(listener.connections) > MAX_CONNECTIONS and not listener.make_room(self):
             self._refuse(RefusedError(429, "too many connections", AGAIN).response())
 
     def connection_lost(self, exc: Exception | None) -> None:

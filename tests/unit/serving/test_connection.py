@@ -255,9 +255,21 @@ def test_bodies_that_wait_are_bounded_over_all_connections(server: Server) -> No
 
 def test_connections_are_counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_CONNECTIONS", 2)
-    wires = [server.connect()[1] for _ in range(3)]
-    assert [wire.statuses for wire in wires] == [[], [], [429]]
+    clients = [server.connect() for _ in range(2)]
+    for connection, _ in clients:
+        feed(server, connection, request("/predict", image_of())[:60])
+    _, wire = server.connect()
+    assert wire.statuses == [429]
     assert server.app.board.total("requests none 429") == 1
+
+
+def test_a_newcomer_takes_the_place_of_who_is_silent_longest(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_CONNECTIONS", 2)
+    busy, _ = server.connect()
+    feed(server, busy, request("/predict", image_of())[:60])
+    wires = [server.connect()[1] for _ in range(2)]
+    assert [wire.is_closed for wire in wires] == [True, False]
+    assert [wire.statuses for wire in wires] == [[], []]
 
 
 def test_while_draining_what_was_begun_is_finished_and_nothing_else_begun(server: Server) -> None:
