@@ -25,8 +25,8 @@ from PIL import Image
 from pipeline.bench.load import Answer, Connection, quantile
 from pipeline.bench.servers import post
 from pipeline.files import sha256_of
+from pipeline.predictor import Predictor
 from pipeline.preprocess import decode_image
-from pipeline.serving.predictor import Predictor
 from tests.hostile import Attack, Outcome, attacks, part
 
 Rows = npt.NDArray[np.float64]  # (N, K)

@@ -23,8 +23,8 @@ from pipeline.errors import ModelError, RunError
 from pipeline.export.latency import Turns, percentile_ms, take_turns, times_as_long
 from pipeline.files import write_json
 from pipeline.golden import GOLDEN, MOST_ABS, GoldenVectors
+from pipeline.predictor import Predictor
 from pipeline.run import RUN_NAME
-from pipeline.serving.predictor import Predictor
 
 BATCHES = (1, 8, 32)
 PACKAGES = ("torch", "numpy", "onnxruntime", "openvino")

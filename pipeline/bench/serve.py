@@ -32,8 +32,8 @@ from pipeline.bench.servers import (
 )
 from pipeline.console import say
 from pipeline.errors import ConfigError
+from pipeline.predictor import Predictor
 from pipeline.preprocess import decode_image
-from pipeline.serving.predictor import Predictor
 
 PARTS = tuple(CASES)
 PACKAGES = ("onnxruntime", "numpy", "pillow", "uvicorn", "fastapi", "litserve", "mlflow")

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.bench.load import Answer, Connection
+from pipeline.predictor import Predictor
 from pipeline.preprocess import decode_image
-from pipeline.serving.predictor import Predictor
 from pipeline.serving.served import name_of
 
 Form = Literal["raw", "multipart", "json"]

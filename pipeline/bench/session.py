@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from pipeline.serving.predictor import PREFIX
+from pipeline.predictor import PREFIX
 
 
 class Session:

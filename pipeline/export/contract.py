@@ -36,6 +36,14 @@ def require_contract(model: onnx.ModelProto, manifest: DatasetManifest, task: Ta
         raise GateError(f"the exported file contradicts its training: {'; '.join(defects)}.")
 
 
+def require_metadata(model: onnx.ModelProto, wanted: dict[str, str]) -> None:
+    """Hold all that `model` says of itself against what it was given to say. Raises GateError."""
+    found = metadata(model)
+    other = sorted(key.removeprefix(PREFIX) for key in found.keys() | wanted if found.get(key) != wanted.get(key))
+    if other:
+        raise GateError(f"the exported file does not say of itself what it was given to say: {', '.join(other)}.")
+
+
 def _metadata_defects(model: onnx.ModelProto, manifest: DatasetManifest, task: Task, spec: PreprocessSpec) -> Iterator[str]:
     found = {key.removeprefix(PREFIX): value for key, value in metadata(model).items()}
     try:

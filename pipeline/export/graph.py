@@ -57,7 +57,7 @@ def export_graph(
     _drop_idle_ceil_mode(model)
     model.producer_name = "shardline"
     model.producer_version = ""
-    onnx.helper.set_model_props(model, {f"{PREFIX}{key}": _as_text(value) for key, value in metadata.items()})
+    onnx.helper.set_model_props(model, {f"{PREFIX}{key}": as_text(value) for key, value in metadata.items()})
     return model
 
 
@@ -75,7 +75,8 @@ def evaluating(network: nn.Module) -> Iterator[nn.Module]:
             module.training = is_training
 
 
-def _as_text(value: object) -> str:
+def as_text(value: object) -> str:
+    """A value as metadata hold it: text as it is, and JSON."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 

@@ -33,6 +33,7 @@ OPTIMIZATIONS = {
 }
 OUTPUTS = ("logits", "probabilities")
 NUM_REFERENCE = 2  # images for the reference evaluator
+NUM_NOISE = 8  # images of coloured noise, which a data set of grey ones has none of
 # Two answers whose probabilities lie nearer than this are one to a runtime's rounding, and among millions of images some do.
 ON_THE_EDGE = 1e-5
 # What those images may cost or gain; of a small split it is one image.
@@ -91,7 +92,7 @@ class _Sides:
 
 
 def compare(network: nn.Module, task: Task, content: bytes, sha256: str, dataset: ShardDataset, config: ExportConfig) -> Parity:
-    """Ask the torch network and the serialized ONNX model `content` for the same images of `dataset`.
+    """Ask the torch network and the serialized ONNX model `content` for the same images: of `dataset`, and coloured noise.
 
     Raises GateError where onnxruntime cannot load the model at all.
     """
@@ -100,7 +101,8 @@ def compare(network: nn.Module, task: Task, content: bytes, sha256: str, dataset
         tolerance = tolerance_of(onnx.load_model_from_string(content), config.tolerance)
         sides = _Sides(plain, task, content, sessions, tolerance)
         sizes = sorted({1, 2, 3, 7, config.max_batch_size})
-        batches = [_compare_batch(sides, repeat_to(dataset, size)) for size in sizes]
+        asked = [*(repeat_to(dataset, size) for size in sizes), coloured_images(dataset)]
+        batches = [_compare_batch(sides, images) for images in asked]
         parity = Parity(
             passed=False,
             cases=[case for batch in batches for case in batch.cases],
@@ -115,7 +117,8 @@ def compare(network: nn.Module, task: Task, content: bytes, sha256: str, dataset
         )
         if parity.reason:  # nothing more can be asked of it
             return parity
-        parity = _ask_whole_split(sides, dataset, config.max_batch_size, parity)
+        parity, farthest = _ask_whole_split(sides, dataset, config.max_batch_size, parity)
+        batches.append(farthest)
         images = repeat_to(dataset, NUM_REFERENCE)
         wanted = _ask_torch(plain, task, images)
         parity = replace(parity, reference_max_abs=max_abs(ask_reference(content, images), wanted))
@@ -160,23 +163,30 @@ def _compare_batch(sides: _Sides, images: torch.Tensor) -> _BatchResult:
     return _BatchResult(cases, max(repeats), worst)
 
 
-def _ask_whole_split(sides: _Sides, dataset: ShardDataset, batch_size: int, parity: Parity) -> Parity:
-    """The same answer to every image, and the accuracy of both."""
+def _ask_whole_split(sides: _Sides, dataset: ShardDataset, batch_size: int, parity: Parity) -> tuple[Parity, _BatchResult]:
+    """The same answer to every image, and the accuracy of both; and the batch whose answers lie farthest apart, as one case."""
     agreeing, num_samples, right = 0, 0, {"torch": 0, "onnx": 0}
+    farthest, excess = _BatchResult([]), -1.0
     for images, labels in read_batches(dataset, batch_size):
         answers = {"torch": _ask_torch(sides.network, sides.task, images), "onnx": ask_onnx(sides.sessions["on"], images)}
         num_samples += len(images)
+        wanted, found = answers["torch"], answers["onnx"]
+        case = ParityCase(len(images), "on", 1, max_abs(found, wanted), sides.tolerance.of(_scale(wanted)))
+        if not case.max_abs / case.tolerance <= excess:
+            farthest, excess = _BatchResult([case], 0.0, Evidence(images, wanted, found, found)), case.max_abs / case.tolerance
         if answers["onnx"]["logits"].shape == answers["torch"]["logits"].shape:  # else it is of another task
             agreeing += int(same_answers(sides.task, answers["torch"], answers["onnx"]).sum())
             for name, answer in answers.items():
                 right[name] += int(sides.task.correct(torch.from_numpy(answer["logits"]), labels).sum())
-    return replace(
+    parity = replace(
         parity,
+        cases=[*parity.cases, *farthest.cases],
         top1_agreement=agreeing / num_samples,
         num_samples=num_samples,
         accuracy={name: number / num_samples for name, number in right.items()},
         allowed_accuracy_difference=max(ACCURACY_DIFFERENCE, 1 / num_samples),
     )
+    return parity, farthest
 
 
 def _reason(sides: _Sides, batches: list[_BatchResult], parity: Parity, allowed_of_reference: float) -> str:
@@ -258,6 +268,19 @@ def repeat_to(dataset: ShardDataset, size: int) -> torch.Tensor:
     if not images:
         raise DataError("no image of the evaluation split can be decoded. Look at the shards with `shardline verify`.")
     return torch.stack([images[index % len(images)] for index in range(size)])
+
+
+def coloured_images(dataset: ShardDataset) -> torch.Tensor:
+    """Images (N, 3, H, W) of coloured noise, always the same, and of each colour alone.
+
+    A file that turns colours round, or leaves one out, answers grey images as it should.
+    """
+    assert dataset.spec.fixed_size is not None
+    height, width = dataset.spec.fixed_size
+    noise = np.random.default_rng(0).integers(0, 256, (NUM_NOISE, 3, height, width), dtype=np.uint8)
+    colours = np.zeros((3, 3, height, width), np.uint8)
+    colours[range(3), range(3)] = 255
+    return torch.from_numpy(np.concatenate([noise, colours]))
 
 
 def decodable(dataset: ShardDataset, indices: range) -> Iterator[tuple[int, torch.Tensor]]:

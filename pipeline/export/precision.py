@@ -28,8 +28,10 @@ from pipeline.config import ExportConfig, Precision
 from pipeline.console import say
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import GateError
-from pipeline.export.activations import clipping_defects, float16_defects
+from pipeline.export.activations import LOOK_BATCH, clipping_defects, float16_defects
+from pipeline.export.contract import require_metadata
 from pipeline.export.diagnosis import Outputs, max_abs
+from pipeline.export.graph import PREFIX
 from pipeline.export.latency import Latency, measure_latency
 from pipeline.export.lint import require_clean
 from pipeline.export.parity import (
@@ -39,12 +41,12 @@ from pipeline.export.parity import (
     ParityCase,
     ask_onnx,
     ask_reference,
-    decodable,
     open_session,
     read_batches,
     repeat_to,
     same_answers,
 )
+from pipeline.export.proto import metadata
 from pipeline.export.quantize import activation_ranges, to_float16, to_int8
 from pipeline.golden import MOST_ABS, GoldenVectors
 from pipeline.preprocess import PreprocessSpec
@@ -53,7 +55,9 @@ from pipeline.task import Task
 # Fewer same answers are another model, of whatever accuracy. INT8 forms of ImageNet's networks that keep their accuracy still
 # change an answer in fifteen or so, where two classes were nearly even.
 LEAST_AGREEMENT = {"fp16": 0.99, "int8": 0.9}
-NUM_LOOKED_AT = 64  # images of which every activation is looked at
+# Of its probabilities from those of fp32, on average (their total variation): no rounding of a model that keeps its answers.
+MOST_DISTANCE = 0.25
+NUM_LOOKED_AT = 64  # images of which most of an activation must lie within the range that int8 gives it
 LARGER_BATCH = 16  # that is timed beside one image
 
 
@@ -91,6 +95,7 @@ class Figures:
     accuracy: float
     top1_agreement: float
     num_not_finite: int
+    distance: float  # of the probabilities from those of fp32: half of the sum of differences, or the mean of several labels
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Judge:
 
     def _make(self, precision: Precision, calibration: Iterable[npt.NDArray[np.uint8]]) -> onnx.ModelProto:
         made = to_float16(self.fp32) if precision == "fp16" else to_int8(self.fp32, calibration, self.config.calibration)
+        require_metadata(made, metadata(self.fp32) | {f"{PREFIX}precision": precision})
         require_clean(made, self.spec, self.config.opset)
         _require_loadable(made)
         return made
@@ -177,11 +183,10 @@ class Judge:
         return parity, dataclasses.replace(self.golden, probabilities=wanted["probabilities"][LARGER_BATCH:])
 
     def _range_defects(self, precision: Precision, model: onnx.ModelProto) -> Iterator[str]:
-        found = itertools.islice(decodable(self.dataset, range(len(self.dataset))), NUM_LOOKED_AT)
-        images = torch.stack([image for _, image in found])
-        if precision == "fp16":
-            return float16_defects(self.fp32, model, images)
-        return clipping_defects(self.fp32, activation_ranges(model), images)
+        batches = (images for images, _ in read_batches(self.dataset, LOOK_BATCH))
+        if precision == "fp16":  # one image that overflows has no answer, so all of them are looked at
+            return float16_defects(self.fp32, model, batches)
+        return clipping_defects(self.fp32, activation_ranges(model), itertools.islice(batches, NUM_LOOKED_AT // LOOK_BATCH))
 
 
 def _require_loadable(model: onnx.ModelProto) -> None:
@@ -203,6 +208,7 @@ def ask_all(
     sessions = {name: open_session(content, OPTIMIZATIONS["on"]) for name, content in contents.items()}
     num_samples = 0
     right, same, not_finite = (dict.fromkeys(contents, 0) for _ in range(3))
+    distance = dict.fromkeys(contents, 0.0)
     for images, labels in read_batches(dataset, batch_size):
         answers = {name: ask_onnx(session, images) for name, session in sessions.items()}
         num_samples += len(images)
@@ -211,8 +217,13 @@ def ask_all(
             same[name] += int(same_answers(task, answers["fp32"], answer).sum())
             finite = np.isfinite(answer["logits"]).all(axis=1) & np.isfinite(answer["probabilities"]).all(axis=1)
             not_finite[name] += int((~finite).sum())
+            apart = np.abs(answer["probabilities"] - answers["fp32"]["probabilities"])  # (N, K)
+            distance[name] += float((apart.mean(axis=1) if task.kind == "multi" else apart.sum(axis=1) / 2).sum())
     return {
-        name: Figures(num_samples, right[name] / num_samples, same[name] / num_samples, not_finite[name]) for name in contents
+        name: Figures(
+            num_samples, right[name] / num_samples, same[name] / num_samples, not_finite[name], distance[name] / num_samples
+        )
+        for name in contents
     }
 
 
@@ -253,6 +264,8 @@ def _answer_defects(facts: PrecisionResult, asked: Figures, max_drop: float) -> 
     if facts.drop > max_drop:
         lost = f"accuracy {asked.accuracy:.4f} is {facts.drop:.4f} below that of fp32"
         yield f"{lost} (`export.max_drop` allows {max_drop:g})"
+    if asked.distance > MOST_DISTANCE:
+        yield f"its probabilities are not those of fp32: {asked.distance:.2f} apart on average (at most {MOST_DISTANCE:g})"
     least = LEAST_AGREEMENT[facts.precision]
     if asked.top1_agreement < least:
         yield f"it answers as fp32 does on only {asked.top1_agreement:.4f} of the images (at least {least:g})"

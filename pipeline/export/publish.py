@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ import pipeline
 from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data.dataset import ShardDataset
-from pipeline.errors import GateError
+from pipeline.errors import GateError, ModelError
 from pipeline.export.calibration import calibration_batches, require_calibratable
-from pipeline.export.contract import require_contract
-from pipeline.export.graph import export_graph
+from pipeline.export.contract import require_contract, require_metadata
+from pipeline.export.graph import PREFIX, as_text, export_graph
 from pipeline.export.lint import require_clean
 from pipeline.export.parity import Parity, compare, decodable, describe_failure
 from pipeline.export.precision import Judge
@@ -35,6 +36,7 @@ from pipeline.files import move_aside, write_bytes, write_json
 from pipeline.golden import GOLDEN, GoldenVectors, awkward_images, decode_all
 from pipeline.manifest import FORMAT_VERSION, DatasetManifest
 from pipeline.models.sequential import network_for
+from pipeline.predictor import verify_model
 from pipeline.preprocess import PreprocessSpec
 from pipeline.report.run_page import write_report
 from pipeline.run import RunRecord
@@ -92,15 +94,18 @@ def export(config: Config, manifest: DatasetManifest, spec: PreprocessSpec, reco
     require_calibratable(config, manifest)
     trained = Trained.load(config, manifest, spec, record)
     set_aside(config.run_dir / FOLDER)
-    model = export_graph(trained.network, trained.task, spec, config.export.opset, metadata_of(trained))
+    said = metadata_of(trained)
+    model = export_graph(trained.network, trained.task, spec, config.export.opset, said)
     content = model.SerializeToString(deterministic=True)
     try:
         require_clean(model, spec, config.export.opset)
         require_contract(model, manifest, trained.task, spec)
+        require_metadata(model, {f"{PREFIX}{key}": as_text(value) for key, value in said.items()})
         parity = prove(trained, content)
+        golden = golden_vectors(trained.probabilities, spec, trained.example)
+        require_verifiable(content, parity, golden)
     except GateError as error:
         raise _refused(trained, error) from error
-    golden = golden_vectors(trained.probabilities, spec, trained.example)
     outputs = publish_folder(config.run_dir / FOLDER, content, parity, golden)
     outputs += publish_forms(trained, model, parity, golden)
     _log(trained, parity, outputs)
@@ -171,6 +176,16 @@ def set_aside(folder: Path) -> None:
     """Keep what an earlier export left, whole and with its proof, under another name: it is no longer the run's model."""
     if folder.is_dir() and any(path.name != REFUSED.name for path in folder.iterdir()):
         say(f"{folder}: the earlier export is kept as {move_aside(folder)}")
+
+
+def require_verifiable(content: bytes, parity: Parity, golden: GoldenVectors) -> None:
+    """Open the file and what goes with it as those do who get them. Raises GateError."""
+    with tempfile.TemporaryDirectory() as folder:
+        *_, model = publish_folder(Path(folder), content, parity, golden)
+        try:
+            verify_model(model)
+        except ModelError as error:
+            raise GateError(f"the exported file cannot be used: {str(error).replace(f'{folder}/', '')}") from error
 
 
 def publish_folder(folder: Path, content: bytes, parity: Parity, golden: GoldenVectors) -> list[Path]:

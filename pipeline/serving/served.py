@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.files import sha256_of
-from pipeline.serving.predictor import Predictor, prove
+from pipeline.predictor import Predictor, prove
 
 # What of the metadata says where a model comes from.
 LINEAGE = ("data_digest", "job_id", "mlflow_run_id", "checkpoint_sha256", "git_commit")

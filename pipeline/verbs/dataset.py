@@ -225,7 +225,7 @@ def verify(argv: list[str]) -> int:
         return _verify_dataset(read_manifest(path.parent if path.name == MANIFEST_NAME else path), config)
     if not path.exists():
         raise DataError(f"{path}: no such data set folder or model file.")
-    from pipeline.serving.predictor import verify_model
+    from pipeline.predictor import verify_model
 
     path = model_file(path)
     closing_box("model verified", {"model": str(path), **verify_model(path)}, f"shardline predict {path} IMAGE...")

@@ -23,7 +23,7 @@ def predict(argv: list[str]) -> int:
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--json", action="store_true", help="print a JSON array with every class's probability")
     options = parse_arguments(parser, argv)
-    from pipeline.serving.predictor import Predictor
+    from pipeline.predictor import Predictor
 
     predictor = Predictor(model_file(Path(options.model)))
     rows, mistakes = list[dict[str, Any]](), []

@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipeline.files import sha256_of, write_bytes
 from pipeline.golden import GOLDEN, GoldenVectors
-from pipeline.serving.predictor import Predictor
+from pipeline.predictor import Predictor
 from tests.hostile import attacks, encoded
 from tests.load import Plan
 from tests.processes import children_of

@@ -21,10 +21,10 @@ from pipeline.bench.runtimes import openvino_core
 from pipeline.config import load_config
 from pipeline.manifest import load_dataset
 from pipeline.models.sequential import network_for
+from pipeline.predictor import Predictor
 from pipeline.preprocess import decode_image
 from pipeline.pretraining import spec_for
 from pipeline.run import RunRecord
-from pipeline.serving.predictor import Predictor
 from pipeline.task import task_of
 from pipeline.training.checkpoint import load_network_weights
 from tests.mlflow_server import free_port

@@ -15,7 +15,7 @@ from pipeline.bench.serve import ALONE, add_verdicts, require_right, run_benchma
 from pipeline.bench.served_models import CASES, digits
 from pipeline.bench.servers import FASTAPI, LITSERVE, MLFLOW, OURS
 from pipeline.errors import ConfigError
-from pipeline.serving.predictor import Predictor
+from pipeline.predictor import Predictor
 
 
 def figures(rate: float, p50_ms: float = 1.0) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.bench import servers
 from pipeline.bench.servers import FASTAPI, MLFLOW, OURS, SERVERS, command_of, pinned, request_for, serving, top_of
-from pipeline.serving.predictor import Predictor
+from pipeline.predictor import Predictor
 from tests.hostile import encoded
 from tests.processes import wait_until
 

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.config import ExportConfig
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import DataError, GateError
-from pipeline.export.parity import Parity, compare, describe_failure, same_answers
+from pipeline.export.parity import Parity, coloured_images, compare, describe_failure, same_answers
 from tests.unit.conftest import THREE_CLASSES, THREE_LABELS
 from tests.unit.export import sabotage
 from tests.unit.export.sabotage import Change
@@ -30,7 +30,9 @@ def test_the_true_model_passes_in_every_case(
     parity = ask(tiny_network, exported_model, dataset)
     assert parity.passed
     asked = {(case.batch, case.optimization, case.run) for case in parity.cases}
-    assert asked == {(batch, level, run) for batch in (1, 2, 3, 5, 7) for level in ("off", "on") for run in (1, 2)}
+    coloured = len(coloured_images(dataset))
+    assert asked == {(batch, level, run) for batch in (1, 2, 3, 5, 7, coloured) for level in ("off", "on") for run in (1, 2)}
+    assert parity.cases[-1].batch in (5, 2), "the farthest batch of the whole split"
     # float32 logits of order 1 differ by a few units in the last place.
     assert max(case.max_abs for case in parity.cases) < 1e-5
     assert (parity.top1_agreement, parity.num_samples) == (1.0, 12)
@@ -65,6 +67,30 @@ def test_the_report_has_the_fields_of_the_contract(
     assert set(report["cases"][0]) == {"batch", "optimization", "run", "max_abs", "tolerance"}
 
 
+def test_what_grey_images_do_not_show_is_seen(
+    tiny_network: nn.Sequential, model: onnx.ModelProto, dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = dataset.image
+    monkeypatch.setattr(dataset, "image", lambda index: image(index)[:1].expand(3, -1, -1))
+    assert ask(tiny_network, model, dataset).passed
+    sabotage.turn_the_weights(model)
+    parity = ask(tiny_network, model, dataset)
+    assert not parity.passed
+    assert "its channels are swapped" in parity.reason
+
+
+def test_an_answer_that_is_off_for_one_image_of_the_split_is_seen(
+    tiny_network: nn.Sequential, model: onnx.ModelProto, dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = dataset.image
+    monkeypatch.setattr(dataset, "image", lambda index: torch.full_like(image(0), 255) if index == 10 else image(index))
+    assert ask(tiny_network, model, dataset).passed
+    sabotage.raise_the_logits_of_bright_images(model)
+    parity = ask(tiny_network, model, dataset)
+    assert (parity.passed, parity.top1_agreement) == (False, 1.0)
+    assert [case.max_abs > case.tolerance for case in parity.cases] == [False] * (len(parity.cases) - 1) + [True]
+
+
 @pytest.mark.parametrize("value", [3.0, float("nan"), float("inf")])
 def test_a_changed_weight_fails(
     tiny_network: nn.Sequential, model: onnx.ModelProto, dataset: ShardDataset, value: float
@@ -72,7 +98,7 @@ def test_a_changed_weight_fails(
     sabotage.change_a_weight(model, value)
     parity = ask(tiny_network, model, dataset)
     assert not parity.passed
-    assert len(parity.cases) == 5 * 2 * 2
+    assert len(parity.cases) == 6 * 2 * 2 + 1
     assert parity.reference_max_abs > 1e-3
     assert all(case.max_abs > case.tolerance for case in parity.cases)
     if not np.isfinite(value):

@@ -190,13 +190,15 @@ def test_a_model_of_several_labels_is_judged_by_its_labels(
 # ---- each reason for itself ----
 
 FACTS = PrecisionResult("int8", published=True, why="", num_bytes=100, accuracy=0.9, drop=0.0, top1_agreement=1.0)
-GOOD = Figures(num_samples=1000, accuracy=0.9, top1_agreement=1.0, num_not_finite=0)
+GOOD = Figures(num_samples=1000, accuracy=0.9, top1_agreement=1.0, num_not_finite=0, distance=0.01)
 
 
 @pytest.mark.parametrize(
     ("facts", "asked", "reason"),
     [
         ({"drop": 0.0051}, {}, "accuracy 0.9000 is 0.0051 below that of fp32 (`export.max_drop` allows 0.005)"),
+        ({}, {"distance": 0.26}, "its probabilities are not those of fp32: 0.26 apart on average (at most 0.25)"),
+        ({}, {"distance": 0.24}, None),
         ({"drop": 0.005}, {}, None),
         ({"drop": -0.2}, {}, None),
         ({}, {"top1_agreement": 0.89}, "it answers as fp32 does on only 0.8900 of the images (at least 0.9)"),

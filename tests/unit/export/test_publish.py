@@ -16,16 +16,16 @@ from pipeline.config import Config
 from pipeline.data.dataset import ShardDataset
 from pipeline.errors import ConfigError, GateError, ModelError, RunError
 from pipeline.export import precision, proto, publish
-from pipeline.export.graph import _as_text
+from pipeline.export.graph import as_text
 from pipeline.export.latency import Latency
 from pipeline.export.parity import Parity
 from pipeline.export.targets import make_targets
 from pipeline.files import sha256_of, write_json
 from pipeline.golden import GoldenVectors
 from pipeline.manifest import DatasetManifest
+from pipeline.predictor import Predictor, verify_model
 from pipeline.preprocess import PreprocessSpec
 from pipeline.run import BEST, RunRecord
-from pipeline.serving.predictor import Predictor, verify_model
 from pipeline.training.evaluate import RESULT
 from tests.unit.export import sabotage
 from tests.unit.export.given import Images
@@ -102,7 +102,7 @@ def quick_export(monkeypatch: pytest.MonkeyPatch, exported_model: onnx.ModelProt
 
     def build(*arguments: Any) -> onnx.ModelProto:
         model = copy.deepcopy(exported_model)
-        onnx.helper.set_model_props(model, {f"shardline.{key}": _as_text(value) for key, value in arguments[-1].items()})
+        onnx.helper.set_model_props(model, {f"shardline.{key}": as_text(value) for key, value in arguments[-1].items()})
         return model
 
     monkeypatch.setattr(publish, "export_graph", build)

@@ -14,8 +14,8 @@ from torch import nn
 
 from pipeline.errors import DataError, ModelError
 from pipeline.files import sha256_of
+from pipeline.predictor import Predictor, verify_model
 from pipeline.preprocess import PreprocessSpec, decode_image
-from pipeline.serving.predictor import Predictor, verify_model
 
 Edit = Callable[[dict[str, str]], object]
 
@@ -177,7 +177,7 @@ def test_verify_refuses_edited_preprocessing(exported_model: onnx.ModelProto, tm
 
 
 def test_serving_imports_no_torch() -> None:
-    script = "import sys, pipeline.cli, pipeline.serving.predictor; print({'torch', 'lightning', 'mlflow'} & set(sys.modules))"
+    script = "import sys, pipeline.cli, pipeline.predictor; print({'torch', 'lightning', 'mlflow'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=60).strip() == "set()"
 
 
