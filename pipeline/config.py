@@ -9,6 +9,7 @@ import math
 import operator
 import os
 import re
+import tempfile
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -137,9 +138,12 @@ class DataConfig:
     @property
     def cache_folder(self) -> Path:
         """Folder of what was fetched of remote data sets."""
-        if self.cache_dir:
-            return Path(self.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shardline"
+        try:
+            if self.cache_dir:
+                return Path(self.cache_dir).expanduser()
+            return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shardline"
+        except RuntimeError:  # a user without a home, as containers have them
+            return Path(tempfile.gettempdir()) / "shardline"
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ REMEDIES = {
     errno.EROFS: "The file system is read-only: choose another folder.",
     errno.ENOTDIR: "A file stands where a folder is needed: rename it or choose another folder.",
     errno.ENAMETOOLONG: "No file can have such a name: give a shorter one.",
+    errno.EBUSY: "It is in use, or mounted on its own: stop what uses it, or mount the folder above it.",
     errno.EMFILE: "Too many open files: raise the limit with `ulimit -n`.",
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.errors import ModelError
+from pipeline.errors import DataError, ModelError
 from pipeline.preprocess import Pixels, PreprocessSpec, decode_image
 
 GOLDEN = "golden.npz"
@@ -54,9 +54,18 @@ class GoldenVectors:
                 ends = np.cumsum(arrays["lengths"])
                 stream = arrays["encoded"].tobytes()
                 encoded = [stream[end - length : end] for end, length in zip(ends, arrays["lengths"], strict=True)]
-                return cls([str(kind) for kind in arrays["kinds"]], encoded, arrays["pixels"], arrays["probabilities"])
+                golden = cls([str(kind) for kind in arrays["kinds"]], encoded, arrays["pixels"], arrays["probabilities"])
+                golden._require_shapes()
+                return golden
         except Exception as error:  # zipfile, numpy and zlib each have their own
             raise ModelError(f"{path}: cannot be read as golden vectors ({error}). Export the model again.") from error
+
+    def _require_shapes(self) -> None:
+        number, pixels, probabilities = len(self.kinds), self.pixels, self.probabilities
+        if not number or not number == len(self.encoded) == len(pixels) == len(probabilities):
+            raise ValueError("its parts are not of the same images")
+        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or probabilities.dtype != np.float32 or probabilities.ndim != 2:
+            raise ValueError("its parts are no pixels and probabilities")
 
 
 def awkward_images(picture: Image.Image) -> dict[str, bytes]:
@@ -108,10 +117,13 @@ class Replay:
 
 
 def compare_golden(golden: GoldenVectors, spec: PreprocessSpec, probabilities: npt.NDArray[np.float32]) -> Replay:
-    """Decode the images here, and compare with `probabilities`, (N, K), of the stored pixels."""
+    """Decode the images here, and compare with `probabilities`, (N, K), of the stored pixels. Raises ModelError."""
     levels = {}
     for kind, encoded, wanted in zip(golden.kinds, golden.encoded, golden.pixels, strict=True):
-        found = decode_image(encoded, spec).astype(int)
+        try:
+            found = decode_image(encoded, spec).astype(int)
+        except DataError as error:
+            raise ModelError(f"{GOLDEN}: its image '{kind}' cannot be decoded ({error}).") from error
         levels[kind] = 255 if found.shape != wanted.shape else int(np.abs(found - wanted).max())
     difference = np.abs(probabilities - golden.probabilities)
     return Replay(len(golden.kinds), levels, float(difference.max()) if np.isfinite(difference).all() else float("inf"))

@@ -18,6 +18,7 @@ from pipeline.manifest import FORMAT_VERSION
 from pipeline.preprocess import Pixels, PreprocessSpec, decode_image, spec_from_dict
 
 PREFIX = "shardline."
+NO_PROOF = "no parity.json beside it"
 Probabilities = npt.NDArray[np.float32]
 
 
@@ -62,13 +63,15 @@ class Predictor:
         self.path = path
         self.metadata = self._read_metadata()
         self._require_signature()
-        self.class_names: list[str] = self.metadata["class_names"]
+        self.class_names = self._read_classes()
         self.is_multi = self.metadata.get("task") == "multi"
         # Files of before these were written say nothing of them.
         self.precision: str = self.metadata.get("precision", "fp32")
         self.license: str = self.metadata.get("license", "")
         self.metrics: dict[str, Any] = self.metadata["metrics"]  # of the evaluation before the export
         self.spec: PreprocessSpec = spec_from_dict(self.metadata["preprocess"])
+        if self.spec.hash() != self.metadata.get("preprocess_hash"):
+            raise ModelError(f"{path}: its preprocessing was changed after export: the hash differs. Export it again.")
 
     def _read_metadata(self) -> dict[str, Any]:
         found = self.session.get_modelmeta().custom_metadata_map
@@ -86,6 +89,13 @@ class Predictor:
         except (KeyError, ValueError) as error:
             raise ModelError(f"{self.path}: is not a Shardline model: its metadata lacks {error}.") from error
         return values
+
+    def _read_classes(self) -> list[str]:
+        names = self.metadata["class_names"]
+        (number,) = {output.shape[1] for output in self.session.get_outputs() if output.name == "probabilities"}
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or number not in (len(names), None):
+            raise ModelError(f"{self.path}: its class names are not those of its {number} answers. Export it again.")
+        return names
 
     def _require_signature(self) -> None:
         inputs = [item.name for item in self.session.get_inputs()]
@@ -114,6 +124,8 @@ class Predictor:
         except DataError as error:
             raise DataError(f"{path}: cannot be decoded ({error}).") from error
         row = self.probabilities([pixels])[0]  # (K,)
+        if not np.isfinite(row).all():
+            raise DataError(f"{path}: the model has no finite answer to it.")
         by_class = {name: float(value) for name, value in zip(self.class_names, row, strict=True)}
         chosen = np.flatnonzero(row >= 0.5) if self.is_multi else np.array([row.argmax()])
         labels = [self.class_names[number] for number in chosen[np.argsort(-row[chosen], kind="stable")]]
@@ -131,9 +143,7 @@ def verify_model(path: Path) -> dict[str, str]:
 def prove(predictor: Predictor) -> dict[str, str]:
     """What `verify_model` does with a model that is loaded."""
     path, spec, metadata = predictor.path, predictor.spec, predictor.metadata
-    if spec.hash() != metadata.get("preprocess_hash"):
-        raise ModelError(f"{path}: its preprocessing was changed after export: the hash differs. Export it again.")
-    proof = "no parity.json beside it"
+    proof = NO_PROOF
     parity_path = path.with_name("parity.json")
     if parity_path.is_file():
         proof = _require_proof(path, parity_path)
@@ -189,7 +199,7 @@ def _require_proof(path: Path, parity_path: Path) -> str:
         parity = json.loads(parity_path.read_text())
         passed, sha256 = parity["passed"], parity["sha256"]
         proof = f"top-1 agreement {parity['top1_agreement']:.4f} on {parity['num_samples']:,} images"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{parity_path}: is not a parity report ({error}). Export the model again.") from error
     if passed is not True:
         raise ModelError(f"{path}: did not pass its parity test ({parity_path}). Export it again.")

@@ -24,6 +24,7 @@ RUN_NAME = "run.json"
 CONFIG_NAME = "config.yaml"
 LAST = Path("checkpoints/last.ckpt")
 BEST = Path("checkpoints/best.ckpt")
+EVALUATION = "evaluation/test.json"
 Outcome = Literal["running", "done", "stopped", "failed"]
 Stage = Literal["check", "train", "evaluate", "export", "targets"]
 
@@ -99,12 +100,13 @@ class RunRecord:
     def inputs_of(self, stage: Stage, config: Config, evaluation_split: str) -> str:
         """Digest of everything that the stage's outcome depends on."""
         export = dataclasses.asdict(config.export)
+        evaluated = self.stages.get("evaluate", {}).get("outputs", {}).get(EVALUATION)  # the file holds its figures
         targets = sorted(set(export.pop("targets")))  # copies of what is exported, which they do not change
         inputs: dict[Stage, list[Any]] = {
             "check": [self.identity, config.check.skip],
             "train": [self.identity],
             "evaluate": [self.best, evaluation_split],
-            "export": [self.best, evaluation_split, export],
+            "export": [self.best, evaluation_split, export, evaluated],
             "targets": [self.stages.get("export", {}).get("outputs"), targets],
         }
         return digest_of(inputs[stage])

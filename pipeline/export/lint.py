@@ -4,6 +4,7 @@ Parity cannot see all of it: onnxruntime's optimiser removes a dropout that was 
 answers, and so does a file that reads its weights from another one as long as that lies beside it.
 """
 
+import os
 import re
 import sys
 import tempfile
@@ -21,7 +22,11 @@ from pipeline.preprocess import PreprocessSpec
 
 RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 # What a path of the machine that built the model looks like, whichever machine that was.
-PATHS = re.compile(r"[\w./~-]*(?:(?:site|dist)-packages|/(?:home|root|Users)/|\.pyc?\b)[\w./-]*|\b[A-Za-z]:\\[\w.\\-]*")
+PATHS = re.compile(
+    r"[\w./~-]*(?:(?:site|dist)-packages|/(?:home|root|Users)/|\.pyc?\b)[\w./-]*|\b[A-Za-z]:\\[\w.\\-]*"
+    r"|(?<![\w./-])/(?:mnt|srv|opt|usr|var|tmp|data|scratch|workspace|media|nfs|lustre|Volumes)/[\w.-]+/[\w./-]*"
+)
+PASSWORD = re.compile(r"\b\w+://[^/\s:@]+:[^/\s@]+@")
 
 
 def require_clean(model: onnx.ModelProto, spec: PreprocessSpec, opset: int) -> None:
@@ -83,12 +88,18 @@ def _file_defects(model: onnx.ModelProto) -> Iterator[str]:
 
 def _opset_defects(model: onnx.ModelProto, opset: int) -> Iterator[str]:
     imports = [*model.opset_import, *(entry for function in model.functions for entry in function.opset_import)]
+    foreign = sorted({entry.domain for entry in imports} - {"", "ai.onnx"})
+    if foreign:
+        yield f"it asks for operators of {', '.join(foreign)}"
+    if model.functions:
+        yield f"it has functions of its own ({', '.join(function.name for function in model.functions)})"
     for version in sorted({entry.version for entry in imports if entry.domain in ("", "ai.onnx")} - {opset}):
         yield f"its opset is {version}, not {opset}"
 
 
 def _leak_defects(model: onnx.ModelProto) -> Iterator[str]:
-    folders = {Path.cwd(), Path.home(), Path(__file__).parents[2], Path(torch.__file__).parents[1], Path(sys.prefix)}
+    home = Path(os.environ.get("HOME") or "/")  # some users have none
+    folders = {Path.cwd(), home, Path(__file__).parents[2], Path(torch.__file__).parents[1], Path(sys.prefix)}
     folders |= {Path(tempfile.gettempdir())}
     own = re.compile("|".join(rf"{re.escape(str(folder))}(?![\w.-])[\w./-]*" for folder in folders if len(folder.parts) > 1))
     # A class may be called anything.
@@ -97,3 +108,5 @@ def _leak_defects(model: onnx.ModelProto) -> Iterator[str]:
         found = own.search(text) or PATHS.search(text)
         if found:
             yield f"it holds the path {found[0]} of the machine that built it"
+        if PASSWORD.search(text):
+            yield "it holds an address with a password"

@@ -17,12 +17,13 @@ import onnx
 import onnxruntime
 
 from pipeline.config import Target
-from pipeline.errors import ConfigError, GateError
+from pipeline.errors import ConfigError, GateError, ModelError
 from pipeline.export.graph import PREFIX
 from pipeline.export.operators import operator_defects
 from pipeline.export.proto import metadata
 from pipeline.files import sha256_of, temporary_name
 from pipeline.golden import GOLDEN, GoldenVectors
+from pipeline.predictor import NO_PROOF, verify_model
 
 MODEL_NAME = "model.onnx"
 FOLDERS: dict[Target, Path] = {"triton": Path("export/triton"), "web": Path("export/web")}
@@ -78,6 +79,11 @@ def _load(path: Path) -> onnx.ModelProto:
     """A model that is to be copied. A form that somebody laid there is in no record of outputs, so nothing else looks at it."""
     model = onnx.load(path, load_external_data=False)
     defects = [*operator_defects(model)]
+    try:
+        if not defects and verify_model(path)["proof"] == NO_PROOF:
+            defects = [NO_PROOF]
+    except ModelError as error:
+        defects = [str(error).rstrip(".")]
     if defects:
         raise GateError(f"{path}: was not published by `shardline export`: {'; '.join(defects)}. Remove it and export again.")
     return model

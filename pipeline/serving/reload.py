@@ -11,6 +11,7 @@ from typing import NamedTuple
 from pipeline.console import say
 from pipeline.errors import ModelError
 from pipeline.golden import GOLDEN
+from pipeline.predictor import NO_PROOF
 from pipeline.serving.batching import Batcher
 from pipeline.serving.metrics import Board
 from pipeline.serving.served import ServedModel, load_served, name_of
@@ -97,6 +98,8 @@ class Reloader:
         assert old is not None
         try:
             new = await self._load()
+            if old.is_proved and not new.is_proved:
+                raise ModelError(f"{new.predictor.path}: has {NO_PROOF}, as the one before had")
         except Exception as error:  # onnxruntime's have no common base; whatever it is, the old model goes on
             if self.source.fingerprint() == found:
                 self.seen = found  # until it changes again

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.files import sha256_of
-from pipeline.predictor import Predictor, prove
+from pipeline.predictor import NO_PROOF, Predictor, prove
 
 # What of the metadata says where a model comes from.
 LINEAGE = ("data_digest", "job_id", "mlflow_run_id", "checkpoint_sha256", "git_commit")
@@ -68,6 +68,11 @@ class ServedModel:
     def head(self) -> dict[str, str]:
         """The model in an answer."""
         return {"name": self.name, "version": self.version, "sha256": self.sha256}
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether a parity report came with it."""
+        return self.facts["proof"] != NO_PROOF
 
     def answer(self, images: npt.NDArray[np.uint8]) -> Answers:
         """Answers to uint8 images (N, 3, H, W)."""

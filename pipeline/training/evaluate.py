@@ -24,7 +24,7 @@ from pipeline.recipe.baselines import compare_with_baselines
 from pipeline.report.drawing import thumbnail, to_png
 from pipeline.report.reliability import draw_reliability
 from pipeline.report.run_page import write_report
-from pipeline.run import RunRecord, require_run
+from pipeline.run import EVALUATION, RunRecord, require_run
 from pipeline.task import LABEL_SEPARATOR, label_text, task_of
 from pipeline.tracking.run import open_tracker
 from pipeline.training.checkpoint import load_network_weights
@@ -32,7 +32,7 @@ from pipeline.training.classifier import Classifier
 from pipeline.training.fit import build_trainer
 from pipeline.training.pictures import answer_texts, draw_mistakes_by_class
 
-RESULT = Path("evaluation/test.json")
+RESULT = Path(EVALUATION)
 PREDICTIONS = Path("evaluation/predictions.csv")
 PER_CLASS = Path("evaluation/per_class.csv")
 CONFUSION = Path("evaluation/confusion_matrix.png")

@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.files import locked
 from pipeline.manifest import MANIFEST_NAME, DatasetManifest, load_dataset, read_manifest
 from pipeline.remote import is_url
-from pipeline.verbs.model import EXPORTED, MODEL_NAME, model_file
+from pipeline.verbs.model import EXPORTED, MODEL_NAME, REFUSED, model_file
 from pipeline.verbs.parsing import command_line, parser_of, up_to_date, without_options
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def verify(argv: list[str]) -> int:
     if is_url(location):
         return _verify_dataset(load_dataset(location, config.data.cache_folder), config)
     path = Path(location)
-    is_model = (path / MODEL_NAME).is_file() or (path / EXPORTED).is_file()
+    is_model = any((path / name).exists() for name in (MODEL_NAME, EXPORTED, "run.json", REFUSED))
     if options.path is None or path.name == MANIFEST_NAME or (path.is_dir() and not is_model):
         return _verify_dataset(read_manifest(path.parent if path.name == MANIFEST_NAME else path), config)
     if not path.exists():

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "model.onnx"
 EXPORTED = f"export/{MODEL_NAME}"
+REFUSED = "parity-refused.json"
 
 
 def predict(argv: list[str]) -> int:
@@ -98,7 +99,9 @@ def model_file(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise ModelError(f"{candidates[-1]}: no such model file. `shardline export` makes one.")
+    refused = next((found for found in (path / "export" / REFUSED, path / REFUSED) if found.is_file()), None)
+    why = f" {refused} says why it was refused." if refused else ""
+    raise ModelError(f"{candidates[0]}: no such model file. `shardline export` makes one.{why}")
 
 
 def _following(model: str, config: Config, poll_seconds: float) -> list[str]:

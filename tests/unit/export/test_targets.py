@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import tritonclient
 from google.protobuf import text_format
+from PIL import Image
 
 from pipeline.config import Target
 from pipeline.errors import ConfigError, GateError, ModelError
@@ -18,7 +19,9 @@ from pipeline.export import targets
 from pipeline.export.targets import make_targets, require_targets, safe_name, triton_config
 from pipeline.files import sha256_of
 from pipeline.golden import GoldenVectors
+from pipeline.predictor import Predictor
 from pipeline.preprocess import PreprocessSpec
+from tests.photos import encode
 from tests.unit.conftest import COLOURS, SIDE
 from tests.unit.export import sabotage
 
@@ -44,11 +47,14 @@ def run_dir(tmp_path: Path, exported_model: onnx.ModelProto, tiny_spec: Preproce
 
 
 def publish(folder: Path, model: onnx.ModelProto) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     onnx.save(model, folder / "model.onnx")
     pixels = np.random.default_rng(3).integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8)  # (N, H, W, 3)
-    golden = GoldenVectors(["plain"], [b""], pixels, np.zeros((1, 3), dtype=np.float32))
+    answers = Predictor(folder / "model.onnx").probabilities([*pixels])  # (N, K)
+    golden = GoldenVectors(["plain"], [encode(Image.fromarray(pixels[0]))], pixels, answers)
     (folder / "golden.npz").write_bytes(golden.to_bytes())
+    proof = {"passed": True, "sha256": sha256_of(folder / "model.onnx"), "golden_sha256": sha256_of(folder / "golden.npz")}
+    (folder / "parity.json").write_text(json.dumps(proof | {"top1_agreement": 1.0, "num_samples": 12}))
 
 
 @pytest.fixture
@@ -148,7 +154,7 @@ def test_each_precision_is_a_model_of_its_own(run_dir: Path, model: onnx.ModelPr
 
 def test_a_class_name_of_two_lines_keeps_the_labels_in_step(run_dir: Path, model: onnx.ModelProto) -> None:
     sabotage.set_metadata(model, "class_names", json.dumps(["one\nclass", "two", "three"]))
-    onnx.save(model, run_dir / "export/model.onnx")
+    publish(run_dir / "export", model)
     make_targets(run_dir, "tiny", ["triton"], max_batch_size=64)
     assert (run_dir / "export/triton/tiny/labels.txt").read_text().splitlines() == ["one class", "two", "three"]
 
@@ -222,4 +228,25 @@ def test_a_model_that_no_export_publishes_is_not_put_there(
     with pytest.raises(GateError, match=r"model\.onnx: was not published by `shardline export`: it uses Det, ") as refusal:
         make_targets(run_dir, "tiny", [target], max_batch_size=64)
     assert refusal.value.exit_code == 3
+    assert files(run_dir) == before
+
+
+@pytest.mark.parametrize("damage", ["no proof", "another's proof", "other answers"])
+def test_a_model_that_was_not_proved_is_not_put_there(run_dir: Path, model: onnx.ModelProto, damage: str) -> None:
+    form = run_dir / "export/int8"
+    publish(form, model)
+    if damage == "no proof":
+        (form / "parity.json").unlink()
+        reason = "no parity.json beside it"
+    else:
+        sabotage.change_a_weight(model)
+        onnx.save(model, form / "model.onnx")
+        reason = "is not the file that"
+    if damage == "other answers":
+        proof = json.loads((form / "parity.json").read_text()) | {"sha256": sha256_of(form / "model.onnx")}
+        (form / "parity.json").write_text(json.dumps(proof))
+        reason = "answers otherwise on this machine"
+    before = files(run_dir)
+    with pytest.raises(GateError, match=rf"int8/model\.onnx: was not published by `shardline export`: .*{reason}"):
+        make_targets(run_dir, "tiny", ["triton"], max_batch_size=64)
     assert files(run_dir) == before
