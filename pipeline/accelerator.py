@@ -46,8 +46,8 @@ def backend() -> str:
 
 
 def pins_memory(wanted: bool | None) -> bool:
-    """Whether batches are page-locked: as the configuration says, or wherever a GPU takes them."""
-    return bool(num_gpus()) if wanted is None else wanted
+    """Whether batches are page-locked: wherever a GPU takes them, unless the configuration says no."""
+    return bool(num_gpus()) and wanted is not False
 
 
 def emulates_bfloat16() -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def allow_open_files(number: int) -> None:
+    """Have this process open so many files at once, as far as the machine allows: many begin with no more than 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, number), hard), hard))
 
 
 def move_aside(path: Path, like: Path | None = None) -> Path:

@@ -27,6 +27,9 @@ from pipeline.errors import DataError
 from pipeline.manifest import DatasetManifest, open_index, open_labels
 from pipeline.preprocess import PreprocessSpec
 
+# Shards that one thread or process keeps open.
+MAX_OPEN = 256
+
 
 class BadSample(NamedTuple):
     """A sample that cannot be decoded: its row in the batch, and what a person needs to find it."""
@@ -51,7 +54,7 @@ class Batch(TypedDict):
 class ShardReader:
     """Reads byte ranges of shards. Files are opened lazily in each process, which makes it safe to fork and to pickle."""
 
-    def __init__(self, paths: list[Path], max_open: int = 256, fetch: Callable[[int], Path] | None = None) -> None:
+    def __init__(self, paths: list[Path], max_open: int = MAX_OPEN, fetch: Callable[[int], Path] | None = None) -> None:
         self.paths = paths
         self.max_open = max_open
         self.fetch = fetch  # brings a shard that is not here yet
@@ -118,7 +121,7 @@ class ShardDataset(Dataset[Any]):
         self.fetcher = fetcher_for(manifest, split_name, config or DataConfig())
         paths = [manifest.folder / shard.name for shard in self.shards]
         # An evicted shard takes its room until it is closed.
-        max_open = 256 if self.fetcher is None else 2 * (config or DataConfig()).shuffle_shards
+        max_open = MAX_OPEN if self.fetcher is None else 2 * (config or DataConfig()).shuffle_shards
         self.reader = ShardReader(paths, max_open, self.fetcher)
         self.spec = spec
         self.augmentation = augmentation
@@ -209,7 +212,8 @@ class ShardDataset(Dataset[Any]):
         """A local batch, in `images` where given. One that cannot be decoded is neutral, weighs 0 and is named in `bad`."""
         assert self.spec.fixed_size is not None
         indices = np.array([ref.sample_index for ref in refs])
-        seeds = np.array([mix(self.seed, ref.epoch, ref.sample_index) for ref in refs], np.uint64)
+        drawn = [(ref.epoch, ref.sample_index, ref.draw) if ref.draw else (ref.epoch, ref.sample_index) for ref in refs]
+        seeds = np.array([mix(self.seed, *numbers) for numbers in drawn], np.uint64)
         weights = np.array([ref.weight for ref in refs], np.float32)
         if images is None:
             images = new_images(len(refs), self.spec.fixed_size)

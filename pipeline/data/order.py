@@ -29,6 +29,7 @@ class SampleRef(NamedTuple):
     sample_index: int
     epoch: int
     weight: float  # 0 for a row that only pads the batch
+    draw: int = 0  # where an epoch has a sample several times: its place in the epoch, from 1; no two look alike
 
 
 def mix(*numbers: int) -> int:
@@ -361,6 +362,7 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
         self.global_batch_size = global_batch_size
         self.accumulate = accumulate
         self.local_batch_size = local_batch_size(global_batch_size // accumulate, world_size)
+        self.repeats = classes is not None or any(weight > 1 for weight in self.weights)
         self.seed, self.rank, self.window = seed, rank, window
         self.shuffle, self.drop_last = shuffle, drop_last
         num_samples = len(self.order(0)) if shuffle else sum(shard_sizes)
@@ -450,13 +452,19 @@ class GlobalBatchSampler(Sampler[list[SampleRef]]):
             first = step * self.global_batch_size
             end = min(first + self.global_batch_size, self.num_samples)
             members = order[first:end] if order is not None else np.arange(first, end)
-            yield self._local_batch(members, part)
+            yield self._local_batch(members, part, first)
 
-    def _local_batch(self, members: Positions, part: int) -> list[SampleRef]:
+    def _local_batch(self, members: Positions, part: int, position: int) -> list[SampleRef]:
+        """The refs of `members`, of which the first has `position` in the epoch."""
         num_real = len(members)
         weight = self.global_batch_size / num_real if self.shuffle else 1.0
         first = part * (self.global_batch_size // self.accumulate) + self.rank * self.local_batch_size
         return [
-            SampleRef(int(members[place % num_real]), self.epoch, weight if place < num_real else 0.0)
+            SampleRef(
+                int(members[place % num_real]),
+                self.epoch,
+                weight if place < num_real else 0.0,
+                1 + position + place if self.repeats else 0,
+            )
             for place in range(first, first + self.local_batch_size)
         ]

@@ -90,9 +90,10 @@ class PixelChanges:
     def _jitter(self, images: torch.Tensor, seeds: Seeds) -> torch.Tensor:
         config, drawn = self.config, 2 * draws(seeds, OF_JITTER, 4) - 1
         largest = (config.brightness, config.contrast, config.saturation)
-        # A factor begins at 0 where the largest change is above 1.
+        # A factor begins at 0 where the largest change is above 1, and is as likely to be anywhere up to its end.
         brightness, contrast, saturation = (
-            1 + each * np.where(each < 0, min(most, 1.0), most) for each, most in zip(drawn[:3], largest, strict=True)
+            max(0.0, 1 - most) + (each + 1) / 2 * (1 + most - max(0.0, 1 - most))
+            for each, most in zip(drawn[:3], largest, strict=True)
         )
         return recolour(images, brightness, contrast, saturation, hue=drawn[3] * config.hue)
 

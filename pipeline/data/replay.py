@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Config
+from pipeline.data import native
 from pipeline.data.augment import build_augmentation
 from pipeline.data.dataset import Batch, ShardDataset
 from pipeline.data.mixing import Mixed, mix_batch
@@ -55,7 +56,8 @@ def replay_step(config: Config, manifest: DatasetManifest, spec: PreprocessSpec,
         raise ConfigError(
             "the training shards of this run were streamed; which samples a step saw was not decided by its number."
         )
-    augmentation = build_augmentation(config.data.augment, spec)
+    # As training on this machine decodes: the other decoder's pixels differ a little, and so does what it refuses.
+    augmentation = build_augmentation(config.data.augment, spec, is_native=native.decoder_of(config.data) == "native")
     dataset = ShardDataset(manifest, "train", spec, augmentation, config.seed, config.data)
     batches = GlobalBatchSampler.of_training(dataset.shards, config.data, config.seed, rows=dataset.rows)
     steps, parts = len(batches) // batches.accumulate, batches.accumulate

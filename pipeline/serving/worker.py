@@ -5,11 +5,9 @@ idle, and the process ends with 0 when the last answer is out. A second signal e
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import os
-import resource
 import signal
 import socket
 import sys
@@ -20,6 +18,7 @@ import uvloop
 
 from pipeline.console import say
 from pipeline.errors import ShardlineError
+from pipeline.files import allow_open_files
 from pipeline.serving.app import App
 from pipeline.serving.batching import Batcher
 from pipeline.serving.connection import SWEEP_SECONDS, Connection, Listener
@@ -59,15 +58,8 @@ class Post:
 
 def work(post: Post) -> int:
     """Serve until a signal comes; the exit code. Raises ModelError where there is no model to begin with."""
-    _allow_connections()
+    allow_open_files(MAX_CONNECTIONS + 256)
     return uvloop.run(_Worker(post).run())
-
-
-def _allow_connections() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + 256
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, wanted), hard), hard))
 
 
 class _Worker:

@@ -19,11 +19,12 @@ from pipeline.config import Config
 from pipeline.console import say
 from pipeline.data import native
 from pipeline.data.datamodule import ShardDataModule
+from pipeline.data.dataset import MAX_OPEN
 from pipeline.data.labels import TRADE_OFFS
 from pipeline.data.order import training_steps_per_epoch
 from pipeline.data.pixel_changes import build_pixel_changes
 from pipeline.errors import RunError, StoppedError
-from pipeline.files import locked, sha256_of
+from pipeline.files import allow_open_files, locked, sha256_of
 from pipeline.manifest import DatasetManifest, load_dataset
 from pipeline.models.sequential import count_parameters, network_for
 from pipeline.preprocess import PreprocessSpec
@@ -165,18 +166,20 @@ def _fit_rank(
     config: Config, manifest: DatasetManifest, record: RunRecord | None, tracker: RunTracker | None
 ) -> tuple[int, CheckpointWriter]:
     """Build everything, train to the end, and return the global step and what is known of the best. Rank 0 has the record."""
+    allow_open_files(1024 + MAX_OPEN * config.data.num_workers)
     identity, resume, before = _agree_on_start(config, record)
     spec = spec_for(config, manifest)
     assert spec.fixed_size is not None
     L.seed_everything(config.seed, verbose=False)
     task = task_of(manifest, config)
     network = network_for(config, manifest, spec)
-    is_compiled = prepare_network(network, config, spec.fixed_size, before)
     steps_per_epoch = training_steps_per_epoch(manifest, config.data)
     changes = build_pixel_changes(config.data.augment, spec)
     module = Classifier(network, config, task, steps_per_epoch * config.trainer.max_epochs, changes)
-    writer = CheckpointWriter(config, manifest, identity, config.run_dir, before["lost"] if before else (), is_compiled)
+    writer = CheckpointWriter(config, manifest, identity, config.run_dir, before["lost"] if before else ())
     trainer = build_trainer(config, build_callbacks(config, manifest, spec, writer, tracker), **training_options(config))
+    # The trainer has made torch deterministic or not, and with that other programs.
+    writer.is_compiled = prepare_network(network, config, spec.fixed_size, before)
     if trainer.is_global_zero:
         place = f", going on after step {before['global_step']}" if before else ""
         say(f"training {config.name} on {describe_world(trainer)}{place}: {count_parameters(network):,} parameters")
@@ -198,7 +201,7 @@ def build_callbacks(
     ledger, monitor = BadSampleLedger(config.run_dir, config.data), StepMonitor(config)
     dynamics = Dynamics(config, manifest, spec, task_of(manifest, config), tracker)
     return [
-        WarmUpBuckets(spec.fixed_size),
+        *([WarmUpBuckets(spec.fixed_size)] if distributed.world_size() > 1 else []),
         *([Unfreezing(config.model, config.trainer.max_epochs)] if config.model.freeze or config.model.unfreeze else []),
         ledger,
         monitor,

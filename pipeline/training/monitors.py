@@ -58,6 +58,7 @@ class StepMonitor(L.Callback):
             if (trainer.global_step + 1) % self.config.trainer.log_every_steps == 0:
                 self.gradient_norm = float(nn.utils.get_total_norm(gradients))
             return
+        self.gradient_norm = math.nan
         suspects = self._suspects(trainer, module)
         if self.config.trainer.precision == "16-mixed" and not suspects:
             # Half precision overflows while its scale is being found; the scaler skips the step itself and halves it.

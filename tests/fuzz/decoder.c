@@ -71,11 +71,13 @@ static int decode_all(struct plain *plain, const uint8_t *jpeg, size_t size, uns
     return 1;
 }
 
-static void compare_with_whole(const uint8_t *jpeg, size_t size, const struct box *box, const struct target *target,
-                               const uint8_t *pixels) {
-    unsigned eighths = 8;
+static void compare_with_whole(const uint8_t *jpeg, size_t size, const struct header *header, const struct box *box,
+                               const struct target *target, const uint8_t *pixels) {
+    unsigned eighths = 8, across = (unsigned)header->mcu_width, down = (unsigned)header->mcu_height;
     while (eighths > 1 && box->height * (int)eighths >= 16 * target->height && box->width * (int)eighths >= 16 * target->width)
         eighths /= 2;
+    eighths *= across > down ? across / down : down / across;
+    if (eighths > 8) eighths = 8;
     struct plain plain;
     memset(&plain, 0, sizeof plain);
     if (decode_all(&plain, jpeg, size, eighths)) {
@@ -195,7 +197,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t data_size) {
         int is_all = (uint64_t)box.height * (uint64_t)box.width == (uint64_t)header.height * (uint64_t)header.width;
         require(slow == DECODED || (has_restarts(jpeg, size) && !is_all), "libjpeg cannot read what we can");
         require(slow != DECODED || !memcmp(pixels, others, length), "libjpeg reads other coefficients than we do");
-        if (header.orientation == 1 && header.num_components != 4) compare_with_whole(jpeg, size, &box, &target, pixels);
+        if (header.orientation == 1 && header.num_components != 4) compare_with_whole(jpeg, size, &header, &box, &target, pixels);
         compare_with_cut(jpeg, size, &header, &box, target.mirrored, &used);
     }
     require(slow != DECODED || status == DECODED, "libjpeg can read what we cannot");

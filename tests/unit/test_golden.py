@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,32 @@ def test_the_same_machine_replays_them_exactly(golden: GoldenVectors, spec: Prep
     replay = compare_golden(golden, spec, golden.probabilities)
     assert (set(replay.levels.values()), replay.max_abs) == ({0}, 0.0)
     assert require_golden(PATH, replay) == "11 images of awkward kinds: the same pixels, probabilities within 0e+00"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda golden: dataclasses.replace(golden, probabilities=golden.probabilities[0]),
+        lambda golden: dataclasses.replace(golden, probabilities=golden.probabilities[:-1]),
+        lambda golden: dataclasses.replace(golden, probabilities=golden.probabilities.astype(str)),
+        lambda golden: dataclasses.replace(golden, pixels=golden.pixels.astype(float)),
+        lambda golden: dataclasses.replace(golden, pixels=golden.pixels[:-1]),
+        lambda golden: GoldenVectors([], [], golden.pixels[:0], golden.probabilities[:0]),
+    ],
+)
+def test_a_file_whose_parts_do_not_fit_is_refused(
+    golden: GoldenVectors, tmp_path: Path, change: Callable[[GoldenVectors], GoldenVectors]
+) -> None:
+    path = tmp_path / "golden.npz"
+    path.write_bytes(change(golden).to_bytes())
+    with pytest.raises(ModelError, match="cannot be read as golden vectors"):
+        GoldenVectors.read(path)
+
+
+def test_an_image_that_is_none_is_named(golden: GoldenVectors, spec: PreprocessSpec) -> None:
+    broken = dataclasses.replace(golden, encoded=[b"no image", *golden.encoded[1:]])
+    with pytest.raises(ModelError, match=r"golden\.npz: its image 'plain' cannot be decoded"):
+        compare_golden(broken, spec, golden.probabilities)
 
 
 def test_another_decoder_another_preprocessing_and_other_answers_are_told_apart(

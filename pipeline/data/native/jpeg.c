@@ -187,11 +187,13 @@ static void on_progress(j_common_ptr info) {
     if (((j_decompress_ptr)info)->input_scan_number > MAX_SCANS) give_up((struct decoder *)info->client_data, NOT_SUPPORTED);
 }
 
-/* In eighths: 8, 4, 2 or 1. Scaling in the frequencies loses nothing where the crop is to become half as large or smaller. */
-static int scale_for(const struct box *box, int height, int width) {
-    int eighths = 8;
+/* In eighths: 8, 4, 2 or 1. Scaling in the frequencies loses nothing where the crop is to become half as large or smaller; but of
+   chroma that is stored smaller in one direction alone (4:2:2) libjpeg drops frequencies in both, as many as of the light. */
+static int scale_for(const struct box *box, int height, int width, const struct header *header) {
+    int eighths = 8, across = header->mcu_width, down = header->mcu_height;
     while (eighths > 1 && box->height / height >= 16 / eighths && box->width / width >= 16 / eighths) eighths /= 2;
-    return eighths;
+    eighths *= across > down ? across / down : down / across;
+    return eighths < 8 ? eighths : 8;
 }
 
 static void to_rgb(const uint8_t *inverted, size_t length, uint8_t *rgb) {
@@ -258,7 +260,7 @@ static void decode_window(struct decoder *decoder, const struct header *header, 
         info->num_components != header->num_components || info->data_precision != 8)
         give_up(decoder, NOT_SUPPORTED);
     info->out_color_space = info->num_components == 4 ? JCS_CMYK : JCS_RGB;
-    info->scale_num = (unsigned)scale_for(box, height, width);
+    info->scale_num = (unsigned)scale_for(box, height, width, header);
     info->scale_denom = 8;
     info->dct_method = JDCT_ISLOW;
     jpeg_start_decompress(info);

@@ -65,6 +65,15 @@ def test_a_batch_holds_what_its_references_ask_for_in_their_order(tiny_dataset: 
     assert (batch["index"].tolist(), batch["index"].dtype) == ([35, 0, 35], torch.int64)
 
 
+def test_two_draws_of_a_sample_in_an_epoch_look_different(tiny_dataset: DatasetManifest) -> None:
+    spec = spec_of(tiny_dataset)
+    dataset = ShardDataset(tiny_dataset, "train", spec, build_augmentation(AugmentConfig(crop_scale=0.3), spec), seed=5)
+    batch = dataset.__getitems__([SampleRef(3, 0, 1.0, draw) for draw in (7, 8, 7)])
+    assert torch.equal(batch["image"][0], batch["image"][2])
+    assert not torch.equal(batch["image"][0], batch["image"][1])
+    assert len(set(batch["seed"].tolist())) == 2
+
+
 def test_an_image_is_augmented_by_the_epoch_of_its_reference_and_its_own_number(tiny_dataset: DatasetManifest) -> None:
     spec = spec_of(tiny_dataset)
     augmentation = build_augmentation(AugmentConfig(crop_scale=0.3), spec)

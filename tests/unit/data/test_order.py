@@ -351,6 +351,19 @@ def test_a_class_goes_through_its_shards_window_by_window() -> None:
         assert len(set(shards[first : first + 14])) == 2, "windows of two shards"
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("changes", [{"weights": [1.0, 3.0, 1.0, 2.0]}, {"classes": True}], ids=["weights", "classes"])
+def test_a_sample_that_an_epoch_has_again_is_drawn_anew(changes: dict[str, Any], world_size: int) -> None:
+    if "classes" in changes:
+        changes = {"classes": ClassMembers(index_of(LABELS))}
+    draws = [ref.draw for batch in global_batches(world_size, **changes) for ref in batch if ref.weight]
+    assert draws == list(range(1, len(draws) + 1))
+    assert {ref.draw for batch in global_batches(world_size) for ref in batch} == {0}, "the plain order keeps its changes"
+    later = sampler(**changes)
+    later.start = 2
+    assert next(iter(later))[0].draw == 13
+
+
 def test_ranks_parts_and_restarts_share_the_balanced_batches() -> None:
     rows = index_of(LABELS)
     shards = [ShardEntry("s", int(count), 0, "") for count in np.bincount(rows["shard"])]

@@ -296,6 +296,25 @@ def leak_in_a_name(model: onnx.ModelProto) -> None:
     model.graph.node[0].name = f"{HOME}/network/conv1"
 
 
+def leak_a_folder_of_data(model: onnx.ModelProto) -> None:
+    model.graph.node[0].doc_string = "from /mnt/patients/2026/scans"
+
+
+def leak_a_password(model: onnx.ModelProto) -> None:
+    model.metadata_props.add(key="source", value="s3://key:secret@bucket/images")
+
+
+def ask_for_another_domain(model: onnx.ModelProto) -> None:
+    model.opset_import.add(domain="com.acme", version=1)
+
+
+def bring_a_function(model: onnx.ModelProto) -> None:
+    """Of the name of a standard operator."""
+    opset = [helper.make_opsetid("", 20)]
+    node = helper.make_node("Identity", ["x"], ["y"])
+    model.functions.append(helper.make_function("", "Relu", ["x"], ["y"], [node], opset))
+
+
 def leak_in_a_nodes_metadata(model: onnx.ModelProto) -> None:
     model.graph.node[0].metadata_props.add(key="source", value="models/network.py:12")
 

@@ -96,6 +96,23 @@ def fail_parity(path: Path) -> None:
     )
 
 
+def lose_proof(path: Path) -> None:
+    path.with_name("parity.json").unlink(missing_ok=True)
+    path.write_bytes(path.read_bytes().replace(b"shardline.job_id", b"shardline.job_iD"))  # another file, as good
+
+
+def test_one_without_a_proof_does_not_take_the_place_of_a_proved_one(
+    path: Path, board: Board, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prove(path, path.read_bytes())
+    reloader = reloader_of(ModelSource(path), board)
+    old = reloader.batcher.model
+    lose_proof(path)
+    asyncio.run(reloader.look())
+    assert reloader.batcher.model is old
+    assert "has no parity.json beside it, as the one before had" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("harm", [damage, unprove, fail_parity])
 def test_a_bad_one_is_refused_once_and_the_old_one_goes_on_until_a_good_one_comes(
     path: Path, other: bytes, board: Board, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], None]

@@ -73,6 +73,9 @@ def test_a_skipped_step_moves_nothing_and_is_counted(config: Config, fit: Fit, c
     config = change(config, "trainer", non_finite="skip")
     module, poison, monitor = poisoned(config, fit, 4, 11)
     assert (monitor.num_skipped, monitor.skipped_in_row) == (2, 0)
+    monitor.gradient_norm = 1.0
+    poisoned_norm = poisoned(config, fit, 18)[2].gradient_norm
+    assert math.isnan(poisoned_norm), "that of an earlier step is not said of it"
     assert module.trainer.global_step == 18, "the number of steps stays"
     for (weights, momenta), (weights_after, momenta_after) in zip(poison.before, poison.after, strict=True):
         assert torch.equal(weights, weights_after)

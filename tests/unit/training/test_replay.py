@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import AugmentConfig, Config
+from pipeline.config import AugmentConfig, Config, DatasetConfig, PreprocessConfig
+from pipeline.data.datamodule import ShardDataModule
 from pipeline.data.replay import TILES_ON_A_SHEET, draw_step, replay_step
+from pipeline.data.sources import open_source
+from pipeline.data.writer import write_dataset
 from pipeline.errors import ConfigError
 from pipeline.manifest import DatasetManifest, open_labels
-from pipeline.preprocess import PreprocessSpec
+from pipeline.preprocess import PreprocessSpec, build_spec
 from pipeline.training.classifier import Classifier
 from tests.unit.data.test_dataset import damage
 from tests.unit.training.conftest import Fit, change
@@ -57,6 +60,21 @@ def test_every_step_of_a_training_is_shown_as_the_network_saw_it(
         notes += [sample.note for sample in replayed.samples]
     assert notes.count("padding") == 8 and notes.count("no longer decodes") == 2
     assert sum("rest" in note for note in notes) > 40
+
+
+def test_jpegs_are_shown_as_the_loader_decodes_them(config: Config, tmp_path: Path) -> None:
+    for number in range(20):
+        path = tmp_path / "source" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path, quality=90, subsampling=2)
+    source = DatasetConfig(source=str(tmp_path / "source"), val_fraction=0.2, test_fraction=0.2)
+    manifest = write_dataset(open_source(source), source, tmp_path / "shards")
+    config = change(config, "data", augment=AugmentConfig(crop_scale=0.3, horizontal_flip=0.5), global_batch_size=4)
+    spec = build_spec(PreprocessConfig(resize=[16, 16]), manifest.image_stats)
+    loader = ShardDataModule(manifest, spec, config.data, config.seed).train_dataloader()
+    for step, batch in enumerate(loader, start=1):
+        assert torch.equal(replay_step(config, manifest, spec, step).images, batch["image"])
 
 
 def test_a_sample_is_named_with_its_shard_and_label(

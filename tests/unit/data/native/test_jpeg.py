@@ -239,7 +239,7 @@ def all_frequencies(height: int, width: int) -> Image.Image:
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 6, 8, 11])
 @pytest.mark.parametrize(
-    "options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}, {"restart_marker_blocks": 4}]
+    "options", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"restart_marker_blocks": 4}]
 )
 def test_a_crop_that_becomes_half_as_large_or_smaller_looks_alike_and_lies_in_its_place(
     factor: int, options: dict[str, Any]
@@ -255,6 +255,18 @@ def test_a_crop_that_becomes_half_as_large_or_smaller_looks_alike_and_lies_in_it
         assert abs(pixels.mean() - expected.mean()) < 0.5
         shifted = [np.abs(pixels - np.roll(expected, by, axis)).mean() for axis in (0, 1) for by in (-1, 1)]
         assert difference < 0.6 * min(shifted)  # a whole pixel beside it, every other place is far worse
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_chroma_that_is_stored_at_half_the_width_keeps_its_columns(factor: int) -> None:
+    columns = np.where(np.arange(512) // (2 * factor) % 2, 90, 160).astype(np.uint8)  # 2 of them become one stripe's half
+    chroma = np.broadcast_to(columns, (512, 512))
+    image = Image.merge("YCbCr", [Image.fromarray(plane) for plane in (np.full_like(chroma, 128), chroma, 255 - chroma)])
+    means = []
+    for subsampling in (0, 1):
+        encoded, box, size = jpegs.save(image, quality=95, subsampling=subsampling), (0, 0, 512, 512), (512 // factor,) * 2
+        means.append(np.abs(crop(encoded, box, size)[1].astype(int) - by_pillow(encoded, box, size).astype(int)).mean())
+    assert means[1] <= means[0] + 2  # it was 15 to 30 more
 
 
 @pytest.mark.parametrize("name", CUT)
