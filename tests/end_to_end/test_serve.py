@@ -250,6 +250,8 @@ def test_an_alias_that_moves_is_followed(model_dir: Path, workspace: Path, tmp_p
         content, new = other_model(model_dir)
         Path(folder).mkdir()
         (Path(folder) / "model.onnx").write_bytes(content)
+        proof = {"passed": True, "sha256": new, "top1_agreement": 1.0, "num_samples": 12}
+        (Path(folder) / "parity.json").write_text(json.dumps(proof))
         with asking(server, next(iter(photos.values()))) as found:
             second = client.create_model_version("digits", folder, tags={"onnx_sha256": new})
             client.set_registered_model_alias("digits", "champion", second.version)
