@@ -30,7 +30,8 @@ def float16_defects(fp32: onnx.ModelProto, half: onnx.ModelProto, batches: Itera
     rounding = with_rounded_activations(fp32)
     sessions = [open_session(model.SerializeToString(), OPTIMIZATIONS["off"]) for model in (rounding, half)]
     found, num_rounded = 0.0, 0
-    names, looking = network_tensors(fp32), opened(fp32, network_tensors(fp32))
+    names = network_tensors(fp32)
+    looking = opened(fp32, names)
     for images in batches:
         for name, values in look(looking, names, images):
             peak = float(np.abs(values).max(initial=0.0))

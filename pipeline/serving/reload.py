@@ -99,7 +99,7 @@ class Reloader:
         try:
             new = await self._load()
             if old.is_proved and not new.is_proved:
-                raise ModelError(f"{new.predictor.path}: has {NO_PROOF}, as the one before had")
+                raise ModelError(f"{new.predictor.path}: has {NO_PROOF}, which the one before had")
         except Exception as error:  # onnxruntime's have no common base; whatever it is, the old model goes on
             if self.source.fingerprint() == found:
                 self.seen = found  # until it changes again

@@ -99,7 +99,8 @@ def model_file(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    refused = next((found for found in (path / "export" / REFUSED, path / REFUSED) if found.is_file()), None)
+    reports = (path / "export" / REFUSED, path / REFUSED, path.with_name(REFUSED))
+    refused = next((found for found in reports if found.is_file()), None)
     why = f" {refused} says why it was refused." if refused else ""
     raise ModelError(f"{candidates[0]}: no such model file. `shardline export` makes one.{why}")
 

@@ -110,7 +110,7 @@ def test_one_without_a_proof_does_not_take_the_place_of_a_proved_one(
     lose_proof(path)
     asyncio.run(reloader.look())
     assert reloader.batcher.model is old
-    assert "has no parity.json beside it, as the one before had" in capsys.readouterr().out
+    assert "has no parity.json beside it, which the one before had" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("harm", [damage, unprove, fail_parity])
